@@ -1,0 +1,271 @@
+"""ModelConfig: one architecture description, read from and written to config.json."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from zeda_jax.errors import ZedaError
+
+# Dynamic checkpoints (zero experts in the router) carry their own model_type so that an engine that does not
+# know zero experts refuses them instead of reading a router that is too wide.
+DYNAMIC_SUFFIX = "_plus_plus"
+ARCHITECTURES = {"qwen3_moe": "Qwen3MoeForCausalLM"}
+DYNAMIC_ARCHITECTURES = {"qwen3_moe": "Qwen3MoePlusPlusForCausalLM"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+  """Rotary position embedding; `type` is "default" or "yarn" (the fields below it are yarn's)."""
+
+  theta: float = 10000.0
+  type: str = "default"
+  factor: float | None = None
+  original_max_position_embeddings: int | None = None
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  attention_factor: float | None = None
+  mscale: float | None = None
+  mscale_all_dim: float | None = None
+  truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Shape and routing of a (static or dynamic) MoE decoder. Hashable, so it can be static under jit.
+
+  `moe_layers[i]` says whether layer i is a mixture of experts or one dense MLP.
+  `num_zero_experts` is N_Z: 0 for a static model; ids N .. N+N_Z-1 are zero experts.
+  """
+
+  model_type: str
+  vocab_size: int
+  hidden_size: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  intermediate_size: int
+  moe_intermediate_size: int
+  num_experts: int
+  num_experts_per_tok: int
+  moe_layers: tuple[bool, ...]
+  num_zero_experts: int = 0
+  norm_topk_prob: bool = True
+  rms_norm_eps: float = 1e-6
+  rope: RopeConfig = RopeConfig()
+  attention_bias: bool = False
+  tie_word_embeddings: bool = False
+  max_position_embeddings: int = 32768
+  dtype: str = "float32"  # of the activations; parameters carry their own
+  remat: bool = False  # recompute each layer in the backward pass instead of storing its activations
+  # Training-free baselines, as routing options (see zero_experts.route):
+  execute_top_k: int | None = None  # run only the best k of the K picks; weights stay normalised over all K
+  skip_threshold: float = 0.0  # beta: drop picks whose probability is below beta x the best pick's, renormalise
+  # Where the model came from; not part of its identity.
+  hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+  source: str | None = dataclasses.field(default=None, compare=False)
+
+  @property
+  def num_layers(self) -> int:
+    return len(self.moe_layers)
+
+  @property
+  def is_dynamic(self) -> bool:
+    return self.num_zero_experts > 0
+
+  def replace(self, **changes: Any) -> "ModelConfig":
+    return dataclasses.replace(self, **changes)
+
+
+def read_config(path: str | pathlib.Path) -> ModelConfig:
+  """Reads `config.json` of a Hugging Face directory.
+
+  Raises:
+    ZedaError: the file is missing or unreadable, or describes a model that is not supported.
+  """
+  file = pathlib.Path(path) / "config.json"
+  if not file.is_file():
+    raise ZedaError(f"{file} does not exist: expected a Hugging Face model directory with a config.json.")
+  try:
+    raw = json.loads(file.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ZedaError(f"{file} is not valid JSON ({error}): download it again or restore it.") from error
+  return from_hf(raw, where=str(file)).replace(source=str(pathlib.Path(path).resolve()))
+
+
+def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+  """Builds a ModelConfig from a parsed config.json in the dialect of transformers 4 or 5.
+
+  Raises:
+    ZedaError: a field is missing or has a value this package does not implement.
+  """
+  model_type = raw.get("model_type")
+  base_type = str(model_type).removesuffix(DYNAMIC_SUFFIX)
+  if base_type not in ARCHITECTURES:
+    known = ", ".join(t for base in ARCHITECTURES for t in (base, base + DYNAMIC_SUFFIX))
+    raise ZedaError(f"{where}: model_type is {model_type!r}; supported are {known}.")
+
+  def need(*names: str) -> Any:
+    for name in names:
+      if raw.get(name) is not None:
+        return raw[name]
+    raise ZedaError(f"{where}: {' or '.join(names)} is missing; it is needed to read a {model_type} model.")
+
+  def whole(*names: str, least: int = 1) -> int:
+    value = need(*names)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+      raise ZedaError(f"{where}: {names[0]} is {value!r}; expected a whole number of at least {least}.")
+    return value
+
+  if raw.get("hidden_act", "silu") != "silu":
+    raise ZedaError(f"{where}: hidden_act is {raw['hidden_act']!r}; only silu is supported.")
+  if raw.get("use_sliding_window") and raw.get("sliding_window"):
+    raise ZedaError(f"{where}: use_sliding_window is true; sliding-window attention is not supported.")
+  hidden_size, num_heads = whole("hidden_size"), whole("num_attention_heads")
+  num_experts = whole("num_experts", "num_local_experts")
+  zero_experts = _zero_experts(raw, where, model_type != base_type)
+  top_k = whole("num_experts_per_tok")
+  if top_k > num_experts:
+    raise ZedaError(f"{where}: num_experts_per_tok is {top_k}, more than the {num_experts} experts there are.")
+  num_kv_heads = whole("num_key_value_heads")
+  if num_heads % num_kv_heads:
+    raise ZedaError(
+      f"{where}: num_attention_heads ({num_heads}) is not a multiple of num_key_value_heads ({num_kv_heads})."
+    )
+  return ModelConfig(
+    model_type=base_type,
+    vocab_size=whole("vocab_size"),
+    hidden_size=hidden_size,
+    num_heads=num_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=raw.get("head_dim") or hidden_size // num_heads,
+    intermediate_size=whole("intermediate_size"),
+    moe_intermediate_size=whole("moe_intermediate_size"),
+    num_experts=num_experts,
+    num_experts_per_tok=top_k,
+    moe_layers=_moe_layers(raw, whole("num_hidden_layers"), where),
+    num_zero_experts=zero_experts,
+    norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
+    rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+    rope=_rope(raw, where),
+    attention_bias=bool(raw.get("attention_bias", False)),
+    tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+    max_position_embeddings=whole("max_position_embeddings"),
+    dtype=_dtype(raw, where),
+    hf_config=dict(raw),
+  )
+
+
+def _zero_experts(raw: Mapping[str, Any], where: str, dynamic: bool) -> int:
+  nums, types = raw.get("zce_nums"), raw.get("zce_types")
+  if not dynamic:
+    if nums:
+      raise ZedaError(f"{where}: zce_nums is {nums!r} but model_type names a static model; expected {DYNAMIC_SUFFIX}.")
+    return 0
+  if types != ["zero"]:
+    raise ZedaError(f'{where}: zce_types is {types!r}; only ["zero"] is supported.')
+  if not (isinstance(nums, list) and len(nums) == 1 and isinstance(nums[0], int) and nums[0] > 0):
+    raise ZedaError(f"{where}: zce_nums is {nums!r}; expected a list of one positive whole number.")
+  return nums[0]
+
+
+def _moe_layers(raw: Mapping[str, Any], num_layers: int, where: str) -> tuple[bool, ...]:
+  dense = raw.get("mlp_only_layers") or []
+  step = raw.get("decoder_sparse_step", 1)
+  if not isinstance(step, int) or step < 1:
+    raise ZedaError(f"{where}: decoder_sparse_step is {step!r}; expected a whole number of at least 1.")
+  layers = tuple(i not in dense and (i + 1) % step == 0 for i in range(num_layers))
+  if not any(layers):
+    raise ZedaError(f"{where}: mlp_only_layers and decoder_sparse_step leave no MoE layer, so there is nothing to skip.")
+  return layers
+
+
+def _rope(raw: Mapping[str, Any], where: str) -> RopeConfig:
+  # transformers 5 nests everything in rope_parameters; 4 has rope_theta beside an optional rope_scaling.
+  given = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+  kind = given.get("rope_type", given.get("type", "default"))
+  theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
+  if kind == "default":
+    return RopeConfig(theta=float(theta))
+  if kind != "yarn":
+    raise ZedaError(f"{where}: rope type is {kind!r}; supported are default and yarn.")
+  original = given.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
+  factor = given.get("factor") or raw["max_position_embeddings"] / original
+  fields = {k: given[k] for k in ("attention_factor", "mscale", "mscale_all_dim") if given.get(k) is not None}
+  return RopeConfig(
+    theta=float(theta),
+    type="yarn",
+    factor=float(factor),
+    original_max_position_embeddings=int(original),
+    beta_fast=float(given.get("beta_fast") or 32),
+    beta_slow=float(given.get("beta_slow") or 1),
+    truncate=bool(given.get("truncate", True)),
+    **fields,
+  )
+
+
+def _dtype(raw: Mapping[str, Any], where: str) -> str:
+  dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+  if dtype not in ("float32", "bfloat16", "float16"):
+    raise ZedaError(f"{where}: dtype is {dtype!r}; supported are float32, bfloat16 and float16.")
+  return dtype
+
+
+def to_hf(config: ModelConfig, format: str = "dynamic") -> dict[str, Any]:
+  """The config.json of `config`: the source's own fields, changed only where zero experts need it.
+
+  Args:
+    config: the model's configuration.
+    format: "dynamic" (zero experts named in zce_nums; a static model stays static) or "plain" (a static model with
+      N + N_Z experts, whose last N_Z have all-zero tensors on disk; any engine loads it).
+  """
+  if format not in ("dynamic", "plain"):
+    raise ZedaError(f"format is {format!r}; expected 'dynamic' or 'plain'.")
+  raw = dict(config.hf_config) or _fields_to_hf(config)
+  for key in ("zce_nums", "zce_types", "use_zce_mask"):
+    raw.pop(key, None)
+  experts_key = "num_local_experts" if "num_local_experts" in raw else "num_experts"
+  raw.update(model_type=config.model_type, architectures=[ARCHITECTURES[config.model_type]])
+  raw[experts_key] = config.num_experts
+  raw["num_experts_per_tok"] = config.num_experts_per_tok
+  if config.is_dynamic and format == "plain":
+    raw[experts_key] = config.num_experts + config.num_zero_experts
+  elif config.is_dynamic:
+    raw.update(
+      model_type=config.model_type + DYNAMIC_SUFFIX,
+      architectures=[DYNAMIC_ARCHITECTURES[config.model_type]],
+      zce_nums=[config.num_zero_experts],
+      zce_types=["zero"],
+      use_zce_mask=False,
+    )
+  return raw
+
+
+def _fields_to_hf(config: ModelConfig) -> dict[str, Any]:
+  """A config.json from the fields alone, for models that did not come from a directory."""
+  raw: dict[str, Any] = {
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.hidden_size,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "num_key_value_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    "hidden_act": "silu",
+    "intermediate_size": config.intermediate_size,
+    "moe_intermediate_size": config.moe_intermediate_size,
+    "num_experts": config.num_experts,
+    "norm_topk_prob": config.norm_topk_prob,
+    "mlp_only_layers": [i for i, moe in enumerate(config.moe_layers) if not moe],
+    "decoder_sparse_step": 1,
+    "rms_norm_eps": config.rms_norm_eps,
+    "rope_theta": config.rope.theta,
+    "attention_bias": config.attention_bias,
+    "tie_word_embeddings": config.tie_word_embeddings,
+    "max_position_embeddings": config.max_position_embeddings,
+    "torch_dtype": config.dtype,
+  }
+  if config.rope.type != "default":
+    scaling = {k: v for k, v in dataclasses.asdict(config.rope).items() if v is not None and k not in ("theta", "type")}
+    raw["rope_scaling"] = {"rope_type": config.rope.type, **scaling}
+  return raw
