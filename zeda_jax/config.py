@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from zeda_jax.errors import ZedaError
 
@@ -29,6 +29,14 @@ class RopeConfig:
   mscale: float | None = None
   mscale_all_dim: float | None = None
   truncate: bool = True
+
+
+class LayerRun(NamedTuple):
+  """Consecutive layers of one kind; their parameters are stacked and the run is one scan."""
+
+  is_moe: bool
+  start: int
+  length: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +77,17 @@ class ModelConfig:
   @property
   def num_layers(self) -> int:
     return len(self.moe_layers)
+
+  @property
+  def layer_runs(self) -> tuple[LayerRun, ...]:
+    """The layers as runs of equal kind, in order; Qwen3-30B-A3B is one run of 48."""
+    runs: list[LayerRun] = []
+    for i, is_moe in enumerate(self.moe_layers):
+      if runs and runs[-1].is_moe == is_moe:
+        runs[-1] = runs[-1]._replace(length=runs[-1].length + 1)
+      else:
+        runs.append(LayerRun(is_moe, i, 1))
+    return tuple(runs)
 
   @property
   def is_dynamic(self) -> bool:

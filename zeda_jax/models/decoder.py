@@ -1,0 +1,219 @@
+"""The decoder: embedding, runs of stacked layers that are scanned, final norm, head. Static and dynamic alike."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int
+
+from zeda_jax.config import ModelConfig
+from zeda_jax.errors import ZedaError
+from zeda_jax.models.attention import Attention
+from zeda_jax.models.cache import KVCache
+from zeda_jax.models.layers import DenseMLP, Embedding, Linear, RMSNorm, rope_tables
+from zeda_jax.models.moe import MoELayer
+from zeda_jax.ops.attention import cache_mask, packed_mask
+from zeda_jax.zero_experts import Routing, new_router_rows
+
+# (routing of one layer, real-token mask [T]) -> scalar; summed over layers by the objective.
+AuxLoss = Callable[[Routing, Bool[Array, " T"]], Float[Array, ""]]
+
+
+@struct.dataclass
+class HiddenOutput:
+  """What the layers give: `hidden` is after the final norm; the rest is stacked over MoE layers."""
+
+  hidden: Float[Array, "B T H"]
+  picks: Int[Array, "L B T K"]
+  pick_weights: Float[Array, "L B T K"]
+  aux_loss: Float[Array, " L"]
+  cache: KVCache | None
+
+
+@struct.dataclass
+class DecoderOutput:
+  logits: Float[Array, "B T V"]
+  picks: Int[Array, "L B T K"]  # ids >= num_experts are zero experts
+  pick_weights: Float[Array, "L B T K"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+  """What every layer of one forward pass sees."""
+
+  rope: tuple[Array, Array]
+  mask: Bool[Array, "#B T S"]
+  positions: Int[Array, "B T"]
+  live: Bool[Array, "B T"]
+  zero_expert_bias: float | Array
+  aux_loss: AuxLoss | None
+
+
+class DecoderLayer(nnx.Module):
+  def __init__(self, config: ModelConfig, is_moe: bool, rngs: nnx.Rngs):
+    self.is_moe = is_moe
+    self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    self.attention = Attention(config, rngs)
+    self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    self.mlp = MoELayer(config, rngs) if is_moe else DenseMLP(config, rngs)
+
+  def __call__(
+    self, x: Float[Array, "B T H"], layer: Int[Array, ""], cache: KVCache | None, shared: _Shared
+  ) -> tuple[Float[Array, "B T H"], KVCache | None, tuple[Array, Array, Array] | None]:
+    with jax.named_scope("attention"):
+      out, cache = self.attention(self.input_norm(x), shared.rope, shared.mask, shared.positions, layer, cache)
+      x = x + out
+    normed = self.post_attention_norm(x)
+    if not self.is_moe:
+      with jax.named_scope("mlp"):
+        return x + self.mlp(normed), cache, None
+    with jax.named_scope("moe"):
+      live = shared.live.reshape(-1)
+      out, routing = self.mlp(normed.reshape(-1, x.shape[-1]), shared.zero_expert_bias, live)
+      aux = jnp.zeros(()) if shared.aux_loss is None else shared.aux_loss(routing, live)
+      by_token = lambda a: a.reshape(*x.shape[:2], -1)  # noqa: E731
+      return x + out.reshape(x.shape), cache, (by_token(routing.picks), by_token(routing.weights), aux)
+
+
+def _stacked_layers(config: ModelConfig, is_moe: bool, length: int, rngs: nnx.Rngs) -> DecoderLayer:
+  """`length` layers as one module whose parameters have a leading layer axis."""
+
+  def init(key: Array) -> nnx.State:
+    return nnx.state(DecoderLayer(config, is_moe, nnx.Rngs(key)))
+
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: DecoderLayer(config, is_moe, nnx.Rngs(0))))
+  return nnx.merge(graphdef, jax.vmap(init)(jax.random.split(rngs.params(), length)))
+
+
+class Decoder(nnx.Module):
+  """A decoder-only MoE transformer. `config.num_zero_experts` > 0 makes it dynamic; nothing else differs."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    self.embed = Embedding(config.vocab_size, config.hidden_size, rngs)
+    self.runs = nnx.List([_stacked_layers(config, run.is_moe, run.length, rngs) for run in config.layer_runs])
+    self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    tied = config.tie_word_embeddings
+    self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, rngs=rngs)
+
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    zero_expert_bias: float | Array = 0.0,
+  ) -> DecoderOutput:
+    """Logits of every position.
+
+    Args:
+      tokens: token ids.
+      segment_ids: 1, 2, ... for the sequences packed into a row, 0 for padding; None means one sequence a row.
+      positions: of each token in its own sequence; None derives them from segment_ids.
+      zero_expert_bias: added to the zero experts' router logits. -inf gives the static teacher, bit for bit; other
+        values trade quality for speed on one adapted model.
+    """
+    out = self.hidden(tokens, segment_ids, positions, zero_expert_bias)
+    return DecoderOutput(self.logits(out.hidden), out.picks, out.pick_weights)
+
+  def head(self) -> Float[Array, "H V"]:
+    return self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+
+  def logits(self, hidden: Float[Array, "*b H"]) -> Float[Array, "*b V"]:
+    """fp32 logits of final hidden states."""
+    return jnp.matmul(hidden, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+  def hidden(
+    self,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    zero_expert_bias: float | Array = 0.0,
+    *,
+    cache: KVCache | None = None,
+    aux_loss: AuxLoss | None = None,
+  ) -> HiddenOutput:
+    """Everything but the head, for losses and samplers that never want all logits at once.
+
+    With a cache, `positions` are the cache slots the tokens go to, and segment_ids only tell padding (0) from tokens.
+    """
+    if positions is None:
+      positions = segment_positions(segment_ids, tokens.shape)
+    mask = packed_mask(segment_ids, tokens.shape[1]) if cache is None else cache_mask(positions, cache.length)
+    live = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
+    rope = rope_tables(self.config.rope, self.config.head_dim, positions)
+    shared = _Shared(rope, mask, positions, live, zero_expert_bias, aux_loss)
+
+    x = self.embed(tokens, jnp.dtype(self.config.dtype))
+    routed = []
+    for run, layers in zip(self.config.layer_runs, self.runs, strict=True):
+      x, cache, out = _scan_layers(layers, run.start, run.length, x, cache, shared, self.config.remat)
+      if out is not None:
+        routed.append(out)
+    picks, weights, aux = (jnp.concatenate(parts) for parts in zip(*routed, strict=True))
+    return HiddenOutput(self.final_norm(x), picks, weights, aux, cache)
+
+
+def _scan_layers(layers, start, length, x, cache, shared, remat):
+  """One scan over a run of stacked layers: compile time does not grow with depth."""
+  graphdef, state = nnx.split(layers)
+
+  def body(carry, inputs):
+    x, cache = carry
+    state, layer = inputs
+    x, cache, routed = nnx.merge(graphdef, state)(x, layer, cache, shared)
+    return (x, cache), routed
+
+  if remat:
+    body = jax.checkpoint(body)
+  (x, cache), routed = jax.lax.scan(body, (x, cache), (state, start + jnp.arange(length)))
+  return x, cache, routed
+
+
+def segment_positions(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Int[Array, "B T"]:
+  """Positions that restart at 0 where the segment id changes."""
+  index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+  if segment_ids is None:
+    return index
+  starts = jnp.concatenate([jnp.ones((shape[0], 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+  # cummax of the start indices = index of the latest start at or before each position
+  return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def abstract_decoder(config: ModelConfig) -> Decoder:
+  """A Decoder whose parameters are shapes only; nothing is allocated."""
+  return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+
+
+def inject(model: Decoder, num_zero_experts: int | None = None, seed: int = 0) -> Decoder:
+  """The dynamic twin of a static model: every MoE router gets rows for zero experts; all else is shared with `model`.
+
+  Args:
+    model: a static decoder.
+    num_zero_experts: N_Z; None means half the experts.
+    seed: of the new router rows.
+
+  Raises:
+    ZedaError: the model is dynamic already, or num_zero_experts is not positive.
+  """
+  config = model.config
+  if config.is_dynamic:
+    raise ZedaError(f"The model already has {config.num_zero_experts} zero experts; inject takes a static model.")
+  count = config.num_experts // 2 if num_zero_experts is None else num_zero_experts
+  graphdef, target = nnx.split(abstract_decoder(_with_zero_experts(config, count)))
+  state = nnx.to_pure_dict(nnx.state(model))
+  for run, params in zip(config.layer_runs, (state["runs"][i] for i in range(len(state["runs"]))), strict=True):
+    if run.is_moe:
+      rows = np.asarray(params["mlp"]["router"]["weight"])
+      new = [new_router_rows(rows[i], count, seed, run.start + i) for i in range(run.length)]
+      params["mlp"]["router"]["zero_weight"] = jnp.asarray(np.stack(new))
+  nnx.replace_by_pure_dict(target, state)
+  return nnx.merge(graphdef, target)
+
+
+def _with_zero_experts(config: ModelConfig, count: int) -> ModelConfig:
+  if count <= 0:
+    raise ZedaError(f"num_zero_experts is {count}; expected a positive number (half the experts is usual).")
+  return config.replace(num_zero_experts=count)

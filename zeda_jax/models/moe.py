@@ -1,0 +1,137 @@
+"""The mixture-of-experts layer: route, drop the zero picks, run the rest as two grouped matmuls, combine."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from zeda_jax.config import ModelConfig
+from zeda_jax.models.layers import normal_init
+from zeda_jax.ops.grouped_matmul import grouped_matmul
+from zeda_jax.zero_experts import Routing, route, router_scores
+
+
+class Router(nnx.Module):
+  """Scores of all experts in fp32. Zero experts keep their rows apart, so that they can be masked exactly."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    self.weight = normal_init(rngs, (config.num_experts, config.hidden_size))
+    zero = config.num_zero_experts
+    self.zero_weight = normal_init(rngs, (zero, config.hidden_size)) if zero else None
+
+  def __call__(self, x: Float[Array, "T H"], zero_expert_bias: float | Array = 0.0) -> Routing:
+    config = self.config
+
+    def logits(rows: nnx.Param) -> Float[Array, "T E"]:
+      return jnp.matmul(x.astype(jnp.float32), rows[...].astype(jnp.float32).T, precision="highest")
+
+    zero_logits = None if self.zero_weight is None else logits(self.zero_weight)
+    return route(
+      router_scores(logits(self.weight), zero_logits, zero_expert_bias),
+      config.num_experts_per_tok,
+      config.num_experts,
+      normalize=config.norm_topk_prob,
+      execute_top_k=config.execute_top_k,
+      skip_threshold=config.skip_threshold,
+    )
+
+
+class Experts(nnx.Module):
+  """The N normal experts, stacked. gate and up lie side by side in the last axis of `gate_up`, gate first."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    self.gate_up = normal_init(rngs, (experts, hidden, 2 * inner))
+    self.down = normal_init(rngs, (experts, inner, hidden))
+
+  def __call__(
+    self, x: Float[Array, "T H"], picks: Int[Array, "T K"], weights: Float[Array, "T K"]
+  ) -> Float[Array, "T H"]:
+    return run_experts(x, picks, weights, self.gate_up[...].astype(x.dtype), self.down[...].astype(x.dtype))
+
+
+class MoELayer(nnx.Module):
+  """Router and experts. Padding tokens take no expert, whatever they pick."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.router = Router(config, rngs)
+    self.experts = Experts(config, rngs)
+    self.num_experts = config.num_experts
+
+  def __call__(
+    self, x: Float[Array, "T H"], zero_expert_bias: float | Array = 0.0, live: Bool[Array, " T"] | None = None
+  ) -> tuple[Float[Array, "T H"], Routing]:
+    routing = self.router(x, zero_expert_bias)
+    picks = routing.picks
+    if live is not None:
+      picks = jnp.where(live[:, None], picks, self.num_experts)
+    return self.experts(x, picks, routing.weights), routing
+
+
+def run_experts(
+  x: Float[Array, "T H"],
+  picks: Int[Array, "T K"],
+  weights: Float[Array, "T K"],
+  gate_up: Float[Array, "N H 2F"],
+  down: Float[Array, "N F H"],
+) -> Float[Array, "T H"]:
+  """Sum over a token's picks below N of weight * expert(x). Picks >= N cost no matmul row.
+
+  Equals, with one_hot [T, K, N] of the picks (all-zero rows for ids >= N):
+    inner = einsum("th,nhf->tnf", x, gate_up);  gate, up = split(inner);
+    expert = einsum("tnf,nfh->tnh", silu(gate) * up, down);
+    out = einsum("tnh,tkn,tk->th", expert, one_hot, weights)
+  """
+  num_experts, top_k = gate_up.shape[0], picks.shape[1]
+  with jax.named_scope("dispatch"):
+    # Sorting by expert id puts the ids >= N last, past the rows that group_sizes covers.
+    ids = jnp.minimum(picks, num_experts).reshape(-1)
+    order = jnp.argsort(ids, stable=True)  # sorted row -> (token, slot)
+    inverse = jnp.argsort(order)  # (token, slot) -> sorted row
+    # group_sizes[e] = sum(ids == e)
+    group_sizes = jnp.bincount(ids, length=num_experts + 1)[:num_experts].astype(jnp.int32)
+    rows = _gather_tokens(x, order, inverse, top_k)
+  with jax.named_scope("experts"):
+    gate, up = jnp.split(grouped_matmul(rows, gate_up, group_sizes), 2, axis=-1)
+    out = grouped_matmul(jax.nn.silu(gate) * up, down, group_sizes)
+  with jax.named_scope("combine"):
+    out = _reorder(out, inverse, order).reshape(*picks.shape, -1)
+    return jnp.einsum("tkh,tk->th", out, weights.astype(out.dtype))
+
+
+# Row gathers whose transposes are gathers too: a permutation's transpose is its inverse, and XLA's scatter-add, which
+# autodiff would produce, is slow on every backend.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gather_tokens(
+  x: Float[Array, "T H"], order: Int[Array, " M"], inverse: Int[Array, " M"], top_k: int
+) -> Float[Array, "M H"]:
+  """x[order // K]: row i of the result is the token of sorted pick i."""
+  return x[order // top_k]
+
+
+def _gather_tokens_forward(x, order, inverse, top_k):
+  return x[order // top_k], inverse
+
+
+def _gather_tokens_backward(top_k, inverse, grad):
+  return grad[inverse].reshape(-1, top_k, grad.shape[-1]).sum(axis=1), None, None
+
+
+_gather_tokens.defvjp(_gather_tokens_forward, _gather_tokens_backward)
+
+
+@jax.custom_vjp
+def _reorder(
+  rows: Float[Array, "M H"], permutation: Int[Array, " M"], inverse: Int[Array, " M"]
+) -> Float[Array, "M H"]:
+  """rows[permutation]"""
+  return rows[permutation]
+
+
+_reorder.defvjp(
+  lambda rows, permutation, inverse: (rows[permutation], inverse),
+  lambda inverse, grad: (grad[inverse], None, None),
+)

@@ -1,0 +1,38 @@
+"""Causal attention over grouped query heads, with segment ids (packed rows) or a key/value cache."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_MASKED = -1e30  # finite, so that a row with nothing to attend to gives numbers, not NaN
+
+
+def packed_mask(segment_ids: Int[Array, "B T"] | None, length: int) -> Bool[Array, "#B T T"]:
+  """True where query t may see key s: s <= t, same segment, and not padding (segment 0)."""
+  causal = jnp.tril(jnp.ones((length, length), bool))[None]
+  if segment_ids is None:
+    return causal
+  same = segment_ids[:, :, None] == segment_ids[:, None, :]
+  return causal & same & (segment_ids > 0)[:, None, :]
+
+
+def cache_mask(positions: Int[Array, "B T"], cache_length: int) -> Bool[Array, "B T S"]:
+  """True where query t may see cache slot s: slots 0 .. positions[t] hold its own sequence."""
+  return jnp.arange(cache_length) <= positions[:, :, None]
+
+
+def attention(
+  query: Float[Array, "B T N D"],
+  key: Float[Array, "B S M D"],
+  value: Float[Array, "B S M D"],
+  mask: Bool[Array, "#B T S"],
+) -> Float[Array, "B T N D"]:
+  """softmax(q k / sqrt(D)) v in fp32; N query heads share M key/value heads, N a multiple of M."""
+  batch, length, heads, dim = query.shape
+  groups = key.shape[2]
+  query = query.reshape(batch, length, groups, heads // groups, dim) * dim**-0.5
+  logits = jnp.einsum("btmgd,bsmd->bmgts", query, key, preferred_element_type=jnp.float32)
+  logits = jnp.where(mask[:, None, None], logits, _MASKED)
+  weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+  weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(value.dtype)
+  out = jnp.einsum("bmgts,bsmd->btmgd", weights, value, preferred_element_type=jnp.float32)
+  return out.reshape(batch, length, heads, dim).astype(value.dtype)

@@ -1,0 +1,183 @@
+"""Zero experts: the idea of this package in one file.
+
+A post-trained mixture of experts has N normal experts and runs the best K of them for each token. Injection adds N_Z
+*zero experts* (ids N .. N+N_Z-1) to the router: they have a router row each but no weights, and their output is
+exactly 0. K does not change, so every zero expert among the K picks is an expert matmul that need not happen.
+
+  router rows   [N + N_Z, H]     the first N unchanged, the new ones drawn around them   (new_router_rows)
+  scores        [T, N + N_Z]     softmax over all of them                                (router_scores)
+  picks         [T, K]           ids of the best K; ids >= N cost nothing                (route)
+  output        sum over picks < N of weight * expert(x)                                 (models/moe.py)
+
+Training pulls the share of zero picks to w N_Z / (N + w N_Z) with one balance loss between the two *groups*
+(group_balance_loss); which token skips which expert is left to the router.
+
+Source: "Post-Trained MoE Can Skip Half Experts via Self-Distillation", arXiv 2605.18643.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from zeda_jax.errors import ZedaError
+
+
+def new_router_rows(
+  rows: Float[np.ndarray, "N H"], num_zero_experts: int, seed: int, layer: int
+) -> Float[np.ndarray, "Z H"]:
+  """Router rows of the zero experts of one layer: Normal(mean, std) of the layer's N old rows, per hidden dimension.
+
+  The standard deviation has the N-1 denominator (paper section 3.1). Seeded by (seed, layer), so that one layer can be
+  drawn without the others and a streaming converter gives the same rows as `inject`.
+
+  Raises:
+    ZedaError: num_zero_experts is not positive.
+  """
+  if num_zero_experts <= 0:
+    raise ZedaError(f"num_zero_experts is {num_zero_experts}; expected a positive number (half the experts is usual).")
+  old = np.asarray(rows, np.float32)
+  noise = np.random.default_rng([seed, layer]).standard_normal((num_zero_experts, old.shape[1]), np.float32)
+  return (old.mean(axis=0) + old.std(axis=0, ddof=1) * noise).astype(rows.dtype)
+
+
+class Routing(NamedTuple):
+  """Where each token goes. E = N + N_Z; ids >= N mean "no expert", whether a zero expert or a dropped pick."""
+
+  scores: Float[Array, "T E"]
+  picks: Int[Array, "T K"]
+  weights: Float[Array, "T K"]
+
+
+def router_scores(
+  logits: Float[Array, "T N"], zero_logits: Float[Array, "T Z"] | None, zero_expert_bias: float | Array = 0.0
+) -> Float[Array, "T E"]:
+  """Softmax over normal and zero experts together; `zero_expert_bias` is added to the zero logits.
+
+  Equals softmax(concat([logits, zero_logits + bias])). The two groups are reduced apart so that with a bias of -inf
+  the zero group adds exactly 0.0 to every sum: the result is then bit-identical to the static teacher's.
+  """
+  best = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+  if zero_logits is None:
+    exp = jnp.exp(logits - best)
+    return exp / exp.sum(axis=-1, keepdims=True)
+  zero_logits = zero_logits + zero_expert_bias
+  best = jnp.maximum(best, jax.lax.stop_gradient(zero_logits.max(axis=-1, keepdims=True)))
+  exp, zero_exp = jnp.exp(logits - best), jnp.exp(zero_logits - best)
+  total = exp.sum(axis=-1, keepdims=True) + zero_exp.sum(axis=-1, keepdims=True)
+  return jnp.concatenate([exp / total, zero_exp / total], axis=-1)
+
+
+def route(
+  scores: Float[Array, "T E"],
+  top_k: int,
+  num_experts: int,
+  *,
+  normalize: bool = True,
+  execute_top_k: int | None = None,
+  skip_threshold: float = 0.0,
+) -> Routing:
+  """Picks the best K of all experts. Weights are normalised over all K picks, zero ones included (paper section 3.1).
+
+  The last two arguments are training-free baselines that drop picks of a static model:
+    execute_top_k: run only the best k1 of the K picks, weights still normalised over all K (arXiv 2609.04575).
+    skip_threshold: dynamic skipping; drop picks scoring below beta x the best pick and renormalise the rest.
+  A dropped pick gets the id E, so that everything below treats it like a zero expert.
+  """
+  values, picks = jax.lax.top_k(scores, top_k)
+  dropped = jnp.asarray(scores.shape[-1], picks.dtype)
+  if skip_threshold > 0.0:
+    keep = values >= skip_threshold * values[:, :1]
+    values, picks = jnp.where(keep, values, 0.0), jnp.where(keep, picks, dropped)
+  if normalize:
+    values = values / values.sum(axis=-1, keepdims=True)
+  if execute_top_k is not None:
+    keep = jnp.arange(top_k) < execute_top_k
+    values, picks = jnp.where(keep, values, 0.0), jnp.where(keep, picks, dropped)
+  return Routing(scores, picks, values)
+
+
+def _token_mask(mask: Bool[Array, " T"] | None, num_tokens: int) -> tuple[Bool[Array, " T"], Float[Array, ""]]:
+  mask = jnp.ones(num_tokens, bool) if mask is None else mask.astype(bool).reshape(num_tokens)
+  return mask, jnp.maximum(mask.sum(), 1).astype(jnp.float32)
+
+
+def group_balance_loss(
+  scores: Float[Array, "T E"],
+  picks: Int[Array, "T K"],
+  num_experts: int,
+  weight: float | Array = 2.0,
+  coefficient: float | Array = 0.1,
+  mask: Bool[Array, " T"] | None = None,
+) -> Float[Array, ""]:
+  """The group auxiliary loss L_GA of one layer (paper section 3.2).
+
+      f_E, f_Z = picks per token that are normal, zero      (a count: no gradient; f_E + f_Z = K)
+      P_E, P_Z = mean score mass on normal, zero experts    (P_E + P_Z = 1)
+      L_GA = coefficient (N + w N_Z) / K (f_E P_E / N + f_Z P_Z / (w N_Z))
+
+  Both terms balance where the zero-expert ratio f_Z / K is w N_Z / (N + w N_Z); there L_GA = coefficient.
+
+  Args:
+    scores: scores over all E = N + N_Z experts, each row summing to 1 (sigmoid routers: divide by the row sum).
+    picks: the picks of the real routing; ids >= num_experts are zero experts.
+    num_experts: N.
+    weight: w, how much more a zero expert is to be used than a normal one.
+    coefficient: alpha.
+    mask: True for real tokens; padding counts neither in f nor in P nor in T.
+  """
+  num_zero = scores.shape[-1] - num_experts
+  mask, num_tokens = _token_mask(mask, scores.shape[0])
+  is_normal = (picks < num_experts) & mask[:, None]
+  is_zero = (picks >= num_experts) & mask[:, None]
+  scores = jnp.where(mask[:, None], scores, 0.0)
+  f_normal, f_zero = is_normal.sum() / num_tokens, is_zero.sum() / num_tokens
+  p_normal, p_zero = scores[:, :num_experts].sum() / num_tokens, scores[:, num_experts:].sum() / num_tokens
+  scale = coefficient * (num_experts + weight * num_zero) / picks.shape[-1]
+  return scale * (f_normal * p_normal / num_experts + f_zero * p_zero / (weight * num_zero))
+
+
+def expert_balance_loss(
+  scores: Float[Array, "T E"],
+  picks: Int[Array, "T K"],
+  coefficient: float | Array = 0.1,
+  mask: Bool[Array, " T"] | None = None,
+) -> Float[Array, ""]:
+  """The ordinary expert-level balance loss L_A = coefficient E / K sum_i f_i P_i, as an ablation.
+
+  It pulls all E experts to equal load and so destroys the routing that post-training learnt (paper Table 10).
+  """
+  num_all = scores.shape[-1]
+  mask, num_tokens = _token_mask(mask, scores.shape[0])
+  # counts[i] = how often expert i was picked: the sum over (token, slot) of one_hot(picks).
+  ids = jnp.where(mask[:, None], picks, num_all).reshape(-1)
+  f = jnp.bincount(ids, length=num_all + 1)[:num_all] / num_tokens
+  p = jnp.where(mask[:, None], scores, 0.0).sum(axis=0) / num_tokens
+  return coefficient * num_all / picks.shape[-1] * (f * p).sum()
+
+
+def zero_expert_ratio(
+  picks: Int[Array, "*layers_batch T K"],
+  num_experts: int,
+  mask: Bool[Array, "*batch T"] | None = None,
+  axis: int | tuple[int, ...] | None = None,
+) -> Float[Array, "*kept"]:
+  """r_ZE: the share of picks that are zero experts, over the tokens where `mask` is set.
+
+  Args:
+    picks: routing of any number of layers and rows, e.g. `model(...).picks` [L, B, T, K].
+    num_experts: N; ids >= N are zero experts.
+    mask: broadcast against picks.shape[:-1]; None counts every token.
+    axis: axes of picks.shape[:-1] to average over; None means all. For picks [L, B, T, K]: (1, 2) gives the ratio per
+      layer, 0 per token, (0, 2) per sequence. Where no token counts the ratio is 0.
+  """
+  is_zero = (picks >= num_experts).mean(axis=-1, dtype=jnp.float32)
+  weight = jnp.broadcast_to(jnp.ones((), bool) if mask is None else jnp.asarray(mask).astype(bool), is_zero.shape)
+  return jnp.where(weight, is_zero, 0.0).sum(axis=axis) / jnp.maximum(weight.sum(axis=axis), 1)
+
+
+def target_ratio(num_experts: int, num_zero_experts: int, weight: float = 2.0) -> float:
+  """The zero-expert ratio at which the group balance loss is in equilibrium: w N_Z / (N + w N_Z)."""
+  return weight * num_zero_experts / (num_experts + weight * num_zero_experts)
