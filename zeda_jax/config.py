@@ -71,6 +71,7 @@ class ModelConfig:
   execute_top_k: int | None = None  # run only the best k of the K picks; weights stay normalised over all K
   skip_threshold: float = 0.0  # beta: drop picks whose probability is below beta x the best pick's, renormalise
   # Where the model came from; not part of its identity.
+  eos_token_ids: tuple[int, ...] = dataclasses.field(default=(), compare=False)
   hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
   source: str | None = dataclasses.field(default=None, compare=False)
 
@@ -103,14 +104,26 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
   Raises:
     ZedaError: the file is missing or unreadable, or describes a model that is not supported.
   """
-  file = pathlib.Path(path) / "config.json"
+  folder = pathlib.Path(path)
+  file = folder / "config.json"
   if not file.is_file():
     raise ZedaError(f"{file} does not exist: expected a Hugging Face model directory with a config.json.")
+  raw = _read_json(file)
+  config = from_hf(raw, where=str(file)).replace(source=str(folder.resolve()))
+  generation = folder / "generation_config.json"
+  eos = (_read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
+  eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+  return config.replace(eos_token_ids=eos_ids)
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
   try:
-    raw = json.loads(file.read_text())
+    value = json.loads(file.read_text())
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ZedaError(f"{file} is not valid JSON ({error}): download it again or restore it.") from error
-  return from_hf(raw, where=str(file)).replace(source=str(pathlib.Path(path).resolve()))
+  if not isinstance(value, dict):
+    raise ZedaError(f"{file} holds a {type(value).__name__}; expected a JSON object.")
+  return value
 
 
 def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:

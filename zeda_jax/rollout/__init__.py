@@ -1,0 +1,1 @@
+"""Generation: sampling, prefill and decode with a key/value cache, and the rollout stage."""
