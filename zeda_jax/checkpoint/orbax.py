@@ -1,0 +1,231 @@
+"""Orbax checkpoints: the state of a running training, and a model's parameters alone."""
+
+import base64
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+import grain.checkpoint as grain_checkpoint
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from zeda_jax.errors import ZedaError
+
+
+class Restored(NamedTuple):
+  """What `CheckpointStore.restore` brings back."""
+
+  step: int
+  state: Any  # the structure, dtypes and shardings of the abstract state
+  data_state: Any  # what the iterator's get_state gave when it was saved
+  metadata: dict[str, Any]
+
+
+class CheckpointStore:
+  """Training checkpoints under one directory, `{directory}/{step}`, written in the background.
+
+  A checkpoint holds the train state (any pytree of arrays, PRNG keys included), the position of the data iterator
+  (one file per process) and a small JSON of metadata. It is built under a temporary name and renamed when complete,
+  so a process killed while saving leaves nothing that counts as a checkpoint; such remains are removed on start.
+
+  Args:
+    directory: where the checkpoints go; created if needed.
+    keep: how many of the newest checkpoints stay.
+    async_save: write in the background; `save` returns as soon as the arrays are copied to the host.
+  """
+
+  def __init__(self, directory: str | os.PathLike[str], keep: int = 2, async_save: bool = True):
+    if keep < 1:
+      raise ZedaError(f"keep is {keep}; expected at least 1 checkpoint to be kept.")
+    directory = os.fspath(directory)
+    self.directory = directory if "://" in directory else os.path.abspath(directory)
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=async_save
+      ),
+      item_handlers={
+        "state": ocp.StandardCheckpointHandler(),
+        "data": grain_checkpoint.CheckpointHandler(),
+        "metadata": ocp.JsonCheckpointHandler(),
+      },
+    )
+
+  def latest_step(self) -> int | None:
+    """The newest step saved (or being saved), None if there is none."""
+    return self._manager.latest_step()
+
+  def step_directory(self, step: int) -> str:
+    return f"{self.directory}/{step}"
+
+  def save(self, step: int, state: Any, data_state: Any = None, metadata: Mapping[str, Any] | None = None) -> None:
+    """Starts saving; a step that is saved already is left as it is.
+
+    Args:
+      step: number of finished steps, larger than every saved one.
+      state: pytree of arrays; may be donated or changed as soon as this returns.
+      data_state: JSON-able or bytes, as a grain iterator's `get_state()` gives it.
+      metadata: small and JSON-able; comes back on restore.
+
+    Raises:
+      ZedaError: writing this checkpoint, or the one before it in the background, failed.
+    """
+    if step == self.latest_step():
+      return
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(_flatten(state)),
+      data=grain_checkpoint.CheckpointSave(_Position(_encode(data_state))),
+      metadata=ocp.args.JsonSave(dict(metadata or {})),
+    )
+    try:
+      self._manager.save(step, args=items)
+    except Exception as error:
+      raise self._cannot("write", step, error) from error
+
+  def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
+    """Reads a checkpoint into the structure of `abstract_state`.
+
+    Args:
+      abstract_state: pytree of arrays or jax.ShapeDtypeStruct; their shardings are the ones restored to, whatever
+        devices the checkpoint was written from.
+      step: which one; the newest by default.
+
+    Raises:
+      ZedaError: there is no checkpoint, it cannot be read, or it does not have the arrays of `abstract_state`.
+    """
+    step = self.latest_step() if step is None else step
+    if step is None:
+      raise ZedaError(f"{self.directory} has no complete checkpoint to restore.")
+    abstract = {name: _abstract(leaf) for name, leaf in _flatten(abstract_state).items()}
+    position = _Position(b"")
+    try:
+      saved = self._manager.item_metadata(step)["state"].tree
+    except Exception as error:
+      raise self._cannot("read", step, error) from error
+    _check_same_arrays(abstract, saved, self.step_directory(step))
+    self._check_process_count(step)
+    items = ocp.args.Composite(
+      state=ocp.args.StandardRestore(abstract),
+      data=grain_checkpoint.CheckpointRestore(position),
+      metadata=ocp.args.JsonRestore(),
+    )
+    try:
+      found = self._manager.restore(step, args=items)
+    except Exception as error:
+      raise self._cannot("read", step, error) from error
+    treedef = jax.tree.structure(abstract_state)
+    state = jax.tree.unflatten(treedef, [found["state"][name] for name in abstract])
+    return Restored(step, state, _decode(position.value), dict(found["metadata"] or {}))
+
+  def wait(self) -> None:
+    """Blocks until the checkpoint being written is complete; raises ZedaError if it could not be written."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._cannot("write", self.latest_step(), error) from error
+
+  def reached_preemption(self, step: int) -> bool:
+    """Whether the cluster announced a preemption; the same answer in every process of a multi-process run."""
+    return self._manager.reached_preemption(step)
+
+  def close(self) -> None:
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self.close()
+
+  def _check_process_count(self, step: int) -> None:
+    folder = pathlib.Path(self.step_directory(step)) / "data"
+    name = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+    if "://" not in self.directory and not (folder / name).exists():
+      counts = sorted({file.stem.split("-of-")[-1] for file in folder.glob("process_*-of-*.json")})
+      raise ZedaError(
+        f"{folder} holds the data position of a run with {' or '.join(counts) or 'no'} processes, this one has "
+        f"{jax.process_count()}: resume with the same number of processes."
+      )
+
+  def _cannot(self, verb: str, step: int | None, error: Exception) -> ZedaError:
+    if isinstance(error, ZedaError):
+      return error
+    reason = " ".join(str(error).split())[:300]
+    if "No space left" in reason:
+      advice = "free some space and run the same command again; the checkpoints before it are intact"
+    elif verb == "write":
+      advice = "check that the directory is writable, then run the same command again"
+    else:
+      advice = "delete that directory to go on from the checkpoint before it"
+    return ZedaError(f"cannot {verb} checkpoint {self.directory}/{step} ({type(error).__name__}: {reason}): {advice}.")
+
+
+class _Position:
+  """Lets grain's handler (one file per process, inside the atomic checkpoint) carry any encoded iterator state."""
+
+  def __init__(self, value: bytes):
+    self.value = value
+
+  def get_state(self) -> bytes:
+    return self.value
+
+  def set_state(self, value: bytes) -> None:
+    self.value = value
+
+  def start_prefetch(self) -> None:
+    pass
+
+
+def _encode(data_state: Any) -> bytes:
+  # grain's Dataset iterators give dicts, its DataLoader iterators bytes.
+  if isinstance(data_state, bytes):
+    return json.dumps({"base64": base64.b64encode(data_state).decode()}).encode()
+  return json.dumps({"json": data_state}).encode()
+
+
+def _decode(value: bytes) -> Any:
+  found = json.loads(value)
+  return base64.b64decode(found["base64"]) if "base64" in found else found["json"]
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+  """{"params.runs.0.input_norm.scale": leaf, ...} in the tree's own order.
+
+  A flat dictionary of names keeps the checkpoint independent of the containers (tuples, dataclasses, nnx.State,
+  integer keys) that hold the arrays today.
+  """
+  paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+  flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+  if len(flat) != len(paths):
+    raise ValueError("two leaves of the state have the same path.")
+  return flat
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  if not hasattr(leaf, "dtype"):
+    leaf = np.asarray(leaf)
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def _check_same_arrays(expected: Mapping[str, jax.ShapeDtypeStruct], saved: Mapping[str, Any], where: str) -> None:
+  """Raises a ZedaError that names the first arrays that differ; orbax itself would cast and crop silently."""
+  differ = [f"{name} is missing" for name in expected if name not in saved]
+  differ += [f"{name} is not part of this run" for name in saved if name not in expected]
+  for name, leaf in expected.items():
+    if name in saved:
+      is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # stored as its words: shape and dtype differ
+      found = (tuple(saved[name].shape), str(saved[name].dtype))
+      if not is_key and found != (leaf.shape, str(leaf.dtype)):
+        differ.append(f"{name} is {found[1]}{list(found[0])}, expected {leaf.dtype}{list(leaf.shape)}")
+  if differ:
+    more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+    raise ZedaError(
+      f"{where} does not fit this run ({'; '.join(differ[:3])}{more}): it was written with another model or "
+      "configuration; use another output directory."
+    )
