@@ -67,10 +67,8 @@ def numpy_adamw(config, params, grads, num_steps):
   """Plain AdamW with global-norm clipping in float64, list of parameters after each step."""
   schedule = make_schedule(config, num_steps)
   decay = {"kernel": 1, "weight": 1, "scale": config.decay_all, "bias": config.decay_all}
-  flat = {
-    jax.tree_util.keystr(k): (k[-1].key, np.float64(v)) for k, v in jax.tree_util.tree_leaves_with_path(params)
-  }
-  mean, square = ({k: 0.0 for k in flat} for _ in range(2))
+  flat = {jax.tree_util.keystr(k): (k[-1].key, np.float64(v)) for k, v in jax.tree_util.tree_leaves_with_path(params)}
+  mean, square = (dict.fromkeys(flat, 0.0) for _ in range(2))
   for step, grad in enumerate(grads):
     flat_grad = {jax.tree_util.keystr(k): np.float64(g) for k, g in jax.tree_util.tree_leaves_with_path(grad)}
     norm = math.sqrt(sum((g**2).sum() for g in flat_grad.values()))

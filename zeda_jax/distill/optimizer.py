@@ -1,4 +1,4 @@
-"""AdamW and the learning-rate schedules of both distillation stages (paper, section 4 and appendix), from optax pieces."""
+"""AdamW and the learning-rate schedules of both distillation stages (paper, section 4), from optax pieces."""
 
 import dataclasses
 from typing import Any, NamedTuple
