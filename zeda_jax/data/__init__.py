@@ -1,0 +1,1 @@
+"""Prompts and rollouts: reading, tokenizing, packing and the grain pipelines over them."""
