@@ -1,0 +1,1 @@
+"""What a run means: FLOPs, routing and reports."""
