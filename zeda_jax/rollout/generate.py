@@ -25,6 +25,7 @@ class Sample:
   tokens: list[int]
   logprobs: list[float]  # under the model at temperature 1
   zero_ratio: float  # share of picks, over the forward passes that predicted these tokens, that were zero experts
+  zero_ratio_all: float  # the same over all forward passes, the prompt's included
   finished: bool  # ended with EOS rather than at the length limit
 
 
@@ -56,11 +57,12 @@ def generate_batch(
   max_new_tokens: int,
   sampling: Sampling,
   eos_ids: tuple[int, ...],
-) -> tuple[Int[Array, "B S"], Int[Array, " B"], Float[Array, "B S"], Float[Array, " B"]]:
+) -> tuple[Int[Array, "B S"], Int[Array, " B"], Float[Array, "B S"], Float[Array, " B"], Float[Array, " B"]]:
   """Samples `max_new_tokens` (S) tokens or up to EOS after each right-padded prompt; rows of length 0 stay empty.
 
   Returns:
-    tokens [B, S], their number per row [B], log-probs [B, S], zero-expert share per row [B].
+    tokens [B, S], their number per row [B], log-probs [B, S], and the share of zero picks per row [B], over the forward
+    passes that predicted the response and over all.
   """
   model: Decoder = nnx.merge(graphdef, state)
   config = model.config
@@ -109,7 +111,12 @@ def generate_batch(
   )
   start = record(start, prefilled, jnp.maximum(lengths - 1, 0))
   end = jax.lax.while_loop(lambda d: (d.step < max_new_tokens) & ~d.done.all(), decode, start)
-  return end.tokens, end.lengths, end.logprobs, end.zero_picks / jnp.maximum(end.lengths, 1)
+  # The passes that predicted the response are the prompt's last one and all decode steps.
+  prompt_zero = (prefilled.picks >= config.num_experts).sum(axis=(0, 3)) / picks_per_token
+  earlier = jnp.where(index < lengths[:, None] - 1, prompt_zero, 0.0).sum(axis=1)
+  passes = jnp.maximum(lengths - 1, 0) + end.lengths
+  ratio, ratio_all = end.zero_picks / jnp.maximum(end.lengths, 1), (earlier + end.zero_picks) / jnp.maximum(passes, 1)
+  return end.tokens, end.lengths, end.logprobs, ratio, ratio_all
 
 
 def generate(
@@ -171,13 +178,14 @@ def generate(
       sampling=sampling,
       eos_ids=eos_ids,
     )
-    out_tokens, counts, logprobs, ratios = jax.device_get(out)
+    out_tokens, counts, logprobs, ratios, ratios_all = jax.device_get(out)
     for row, i in enumerate(chunk):
       ids_row = out_tokens[row, : counts[row]].tolist()
       samples[int(i)] = Sample(
         tokens=ids_row,
         logprobs=logprobs[row, : counts[row]].tolist(),
         zero_ratio=float(ratios[row]),
+        zero_ratio_all=float(ratios_all[row]),
         finished=bool(ids_row) and ids_row[-1] in eos_ids,
       )
   return [samples[i] for i in range(len(prompts))]

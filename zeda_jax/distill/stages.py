@@ -1,0 +1,145 @@
+"""The two training stages: each takes a student and gives it back trained, resuming from its own checkpoints."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import rich.console
+
+from zeda_jax.checkpoint.orbax import CheckpointStore
+from zeda_jax.data.packing import pack_row
+from zeda_jax.data.pipeline import prompt_batches, sft_batches
+from zeda_jax.data.rollouts import RolloutSource
+from zeda_jax.distill.metrics import MetricWriter
+from zeda_jax.distill.objectives import Objective
+from zeda_jax.distill.optimizer import make_optimizer
+from zeda_jax.distill.recipe import optimizer_config
+from zeda_jax.distill.step import Reference, TrainState, init_state, make_train_step
+from zeda_jax.distill.trainer import Batches, run_training
+from zeda_jax.models.decoder import Decoder
+from zeda_jax.models.params import Params, combine, merge_model, split_model, trainable_partition
+from zeda_jax.rollout.generate import generate
+
+_ROW_MULTIPLE = 16  # on-policy rows are as long as the longest sequence may get, rounded up to this
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """What both stages share: the models, the settings and where things are written."""
+
+  name: str
+  teacher: Decoder
+  settings: ml_collections.ConfigDict
+  directory: pathlib.Path
+  seed: int
+  console: rich.console.Console
+
+  def train(
+    self,
+    student: Decoder,
+    objective: Objective,
+    batches: Batches,
+    num_steps: int,
+    make_batch: Callable[[Decoder, Any, int], Mapping[str, np.ndarray]] | None = None,
+  ) -> Decoder:
+    """Trains the chosen parameters of `student` for `num_steps`; a finished stage is only read back.
+
+    Arrays that the student shares with the teacher and that are not trained exist once.
+    """
+    settings = self.settings
+    graphdef, params = split_model(student)
+    teacher_graphdef, teacher_params = split_model(self.teacher)
+    trained, frozen = trainable_partition(params, settings.trainable)
+    optimizer = optimizer_config(settings)
+    step = make_train_step(graphdef, teacher_graphdef, objective, optimizer, num_steps, settings.accumulate)
+    balance = {name: jnp.float32(settings[name]) for name in ("weight", "coefficient")}
+    reference = Reference(frozen, teacher_params, balance)
+
+    def student_of(state: TrainState) -> Decoder:
+      return merge_model(graphdef, combine(frozen, state.params))
+
+    def on_policy(state: TrainState, raw: Any, step: int) -> Mapping[str, np.ndarray]:
+      assert make_batch is not None
+      return make_batch(student_of(state), raw, step)
+
+    store = CheckpointStore(self.directory / "checkpoints", keep=settings.keep)
+    try:
+      state = run_training(
+        state=init_state(trained, make_optimizer(optimizer, num_steps), self.seed),
+        step_fn=lambda state, batch: step(state, reference, batch),
+        batches=batches,
+        num_steps=num_steps,
+        store=store,
+        save_every=settings.save_every,
+        writer=MetricWriter(self.directory, self.name, self.console),
+        log_every=settings.log_every,
+        make_batch=on_policy if make_batch is not None else None,
+        label=self.name,
+      )
+    finally:
+      store.close()
+    return student_of(state)
+
+
+def run_sft(stage: Stage, student: Decoder, rollouts: Sequence[pathlib.Path]) -> Decoder:
+  """Supervised distillation on the teacher's rollouts (paper section 3.3, first stage)."""
+  settings = stage.settings
+  source = RolloutSource(list(rollouts))
+  source.lengths(student.config.vocab_size)
+  batches = sft_batches(source, settings.batch_size, settings.row_length, stage.seed, settings.epochs)
+  objective = Objective(settings.loss, settings.balance)
+  return stage.train(student, objective, batches, batches.num_batches)
+
+
+def run_opd(
+  stage: Stage, student: Decoder, indices: Sequence[int], render: Callable[[int], list[int]], longest: int
+) -> Decoder:
+  """On-policy distillation: the student samples, the teacher judges each token (paper section 3.3, second stage).
+
+  Args:
+    stage: models, settings, directory.
+    student: as SFT left it.
+    indices: numbers of the prompts to sample from.
+    render: prompt number -> token ids.
+    longest: tokens of the longest prompt; with max_new_tokens it fixes the shape of a batch.
+  """
+  settings = stage.settings
+  length = -(-(longest + settings.max_new_tokens) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+  batches = prompt_batches(len(indices), min(settings.prompts_per_step, len(indices)), stage.seed)
+
+  def sample(model: Decoder, raw: np.ndarray, step: int) -> dict[str, np.ndarray]:
+    prompts = [render(int(indices[i])) for i in raw for _ in range(settings.samples_per_prompt)]
+    seed = int(np.random.SeedSequence([stage.seed, step]).generate_state(1)[0] >> 1)
+    samples = generate(
+      model, prompts, settings.max_new_tokens, settings.temperature, seed=seed, batch_size=len(prompts)
+    )
+    return on_policy_batch(prompts, [s.tokens for s in samples], [s.logprobs for s in samples], length)
+
+  objective = Objective(settings.loss, settings.balance, settings.clip_low, settings.clip_high)
+  return stage.train(student, objective, batches, settings.steps, sample)
+
+
+def on_policy_batch(
+  prompts: Sequence[Sequence[int]],
+  responses: Sequence[Sequence[int]],
+  logprobs: Sequence[Sequence[float]],
+  length: int,
+) -> dict[str, np.ndarray]:
+  """One row per sampled sequence, with the log-probs it was sampled with in `old_logprobs` [B, T]."""
+  rows = []
+  for prompt, response, logprob in zip(prompts, responses, logprobs, strict=True):
+    row = dict(pack_row([{"prompt_tokens": prompt, "response_tokens": response}], length))
+    row["old_logprobs"] = np.zeros(length, np.float32)
+    row["old_logprobs"][row["loss_mask"] > 0] = logprob
+    rows.append(row)
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def parameter_count(params: Params) -> int:
+  import jax
+
+  return sum(x.size for x in jax.tree.leaves(params))

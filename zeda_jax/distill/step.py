@@ -1,0 +1,108 @@
+"""The training step: a pure function (state, reference, batch) -> (state, metrics) with the teacher inside it."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jaxtyping import Array, Int, Key
+
+from zeda_jax.distill.objectives import Objective, batch_loss
+from zeda_jax.distill.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from zeda_jax.models.params import Params, combine, merge_model
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Array]
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that training changes; what a checkpoint holds."""
+
+  params: Params  # the trained parameters only
+  opt_state: optax.OptState
+  step: Int[Array, ""]
+  key: Key[Array, ""]
+
+
+@struct.dataclass
+class Reference:
+  """Everything that training only reads. Arrays that student and teacher share are the same buffers, held once."""
+
+  frozen: Params  # the student's parameters outside TrainState.params
+  teacher: Params  # all parameters of the teacher
+  balance: Mapping[str, Array]  # "weight" and "coefficient" of the balance loss
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+  """A fresh state. The parameters are copied, since steps donate their state."""
+  params = jax.tree.map(jnp.copy, params)
+  return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(seed))
+
+
+@functools.lru_cache(maxsize=None)
+def make_train_step(
+  student: nnx.GraphDef,
+  teacher: nnx.GraphDef,
+  objective: Objective,
+  optimizer: OptimizerConfig,
+  num_steps: int,
+  accumulate: int = 1,
+) -> Callable[[TrainState, Reference, Batch], tuple[TrainState, Metrics]]:
+  """A jitted step, made once per set of arguments.
+
+  Args:
+    student: structure of the model in training.
+    teacher: structure of the frozen model (it may differ, e.g. in the number of experts per token).
+    objective: the loss.
+    optimizer: AdamW and its schedule.
+    num_steps: length of the training, for the schedule.
+    accumulate: the batch's rows are run in this many equal parts, whose gradients are added.
+
+  Returns:
+    (state, reference, batch) -> (state, metrics); donates the state.
+  """
+  transform = make_optimizer(optimizer, num_steps)
+
+  def loss_fn(params: Params, reference: Reference, part: Batch, response_tokens: Array) -> tuple[Array, Any]:
+    model = merge_model(student, combine(reference.frozen, params))
+    frozen = merge_model(teacher, jax.lax.stop_gradient(reference.teacher))
+    return batch_loss(objective, model, frozen, part, reference.balance, response_tokens, accumulate)
+
+  schedule = make_schedule(optimizer, num_steps)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def train_step(state: TrainState, reference: Reference, batch: Batch) -> tuple[TrainState, Metrics]:
+    grads, metrics = _gradients(loss_fn, state.params, reference, batch, accumulate)
+    updates, opt_state = transform.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+    return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+  return train_step
+
+
+def _gradients(
+  loss_fn: Callable[..., Any], params: Params, reference: Reference, batch: Batch, accumulate: int
+) -> tuple[Params, Metrics]:
+  """Gradients (fp32) and metrics of the batch, as the sum over `accumulate` parts of its rows."""
+  response_tokens = batch["loss_mask"].sum()
+
+  def part_gradients(part: Batch) -> tuple[Params, Any]:
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, reference, part, response_tokens)
+    return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
+
+  if accumulate == 1:
+    grads, metrics = part_gradients(batch)
+  else:
+    parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), dict(batch))
+    shapes = jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, part_gradients(part)), None), zeros, parts)
+    grads, metrics = total
+  means = {name: value / accumulate for name, value in metrics["means"].items()}
+  metrics = {**metrics["sums"], **means, "tokens": (batch["segment_ids"] > 0).sum()}
+  return grads, {"loss": metrics["loss_distill"] + metrics["loss_balance"], **metrics}

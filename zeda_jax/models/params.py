@@ -1,0 +1,66 @@
+"""A model as (graphdef, params): params is a plain nested dict of arrays, so that pure functions can split and mix it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx, traverse_util
+
+from zeda_jax.errors import ZedaError
+from zeda_jax.models.decoder import Decoder
+
+Params = dict[Any, Any]
+Path = tuple[Any, ...]
+
+
+def split_model(model: Decoder) -> tuple[nnx.GraphDef, Params]:
+  """The static structure and the arrays of a model, e.g. params["runs"][0]["mlp"]["router"]["weight"]."""
+  graphdef, state = nnx.split(model)
+  return graphdef, nnx.to_pure_dict(state)
+
+
+def merge_model(graphdef: nnx.GraphDef, params: Params) -> Decoder:
+  """The inverse of split_model; the arrays are shared, not copied."""
+  return nnx.merge(graphdef, nnx.State(jax.tree.map(nnx.Param, params)))
+
+
+def partition(params: Params, chosen: Callable[[Path], bool]) -> tuple[Params, Params]:
+  """(params whose path is chosen, the others); `combine` puts them together again."""
+  flat = traverse_util.flatten_dict(params)
+  yes = {path: leaf for path, leaf in flat.items() if chosen(path)}
+  no = {path: leaf for path, leaf in flat.items() if path not in yes}
+  return traverse_util.unflatten_dict(yes), traverse_util.unflatten_dict(no)
+
+
+def combine(*parts: Params) -> Params:
+  """The union of nested dicts; where a path occurs twice, the later part wins."""
+  flat: dict[Path, Any] = {}
+  for part in parts:
+    flat |= traverse_util.flatten_dict(part)
+  return traverse_util.unflatten_dict(flat)
+
+
+def _is_router(path: Path) -> bool:
+  return "router" in path
+
+
+def _is_norm(path: Path) -> bool:
+  return path[-1] == "scale"
+
+
+TRAINABLE: dict[str, Callable[[Path], bool]] = {
+  "all": lambda path: True,
+  "router": _is_router,
+  "router+norms": lambda path: _is_router(path) or _is_norm(path),
+}
+
+
+def trainable_partition(params: Params, trainable: str) -> tuple[Params, Params]:
+  """(trained, frozen) parameters of the set named by `trainable`.
+
+  Raises:
+    ZedaError: the set is unknown.
+  """
+  if trainable not in TRAINABLE:
+    raise ZedaError(f"trainable is {trainable!r}; expected one of {', '.join(TRAINABLE)}.")
+  return partition(params, TRAINABLE[trainable])
