@@ -9,6 +9,7 @@ its text, so no training set of any size or seed can contain a held-out prompt.
 """
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -65,8 +66,7 @@ def generate_tasks(family: str, split: Split, count: int, seed: int = 0) -> list
   Raises:
     ZedaError: an unknown family or split, or a family that has fewer than `count` prompts.
   """
-  source = tasks(family, split, seed)
-  records = [record(family, *task) for task, _ in zip(source, range(count))]
+  records = [record(family, *task) for task in itertools.islice(tasks(family, split, seed), count)]
   if len(records) < count:
     raise ZedaError(f"family {family} has only {len(records)} {split} prompts; {count} were asked for, ask for fewer.")
   return records
@@ -75,7 +75,7 @@ def generate_tasks(family: str, split: Split, count: int, seed: int = 0) -> list
 def mixed_tasks(split: Split, per_family: int, seed: int = 0) -> list[dict[str, Any]]:
   """Records of all families, `per_family` each, interleaved (math, code, instruction, math, ...)."""
   columns = [generate_tasks(family, split, per_family, seed) for family in FAMILIES]
-  return [record for row in zip(*columns) for record in row]
+  return [record for row in zip(*columns, strict=True) for record in row]
 
 
 def record(family: str, prompt: str, label: str) -> dict[str, Any]:
@@ -211,15 +211,13 @@ def _instruction_word(rng: random.Random) -> Task:
 
 
 def _instruction_list(rng: random.Random) -> Task:
-  """"List mip, dol, zaf in reversed order, numbered." -> "1.zaf 2.dol 3.mip"."""
+  """Order x layout: "List mip, dol in reversed order, numbered." -> "1.dol 2.mip"."""
   count = rng.randint(2, 3)
   initials = rng.sample(CONSONANTS, count)  # distinct, so that the first letter decides the alphabetical order
   words = [initial + rng.choice(VOWELS) + rng.choice(CONSONANTS) for initial in initials]
   if RESERVED_WORDS.intersection(words):
     return _instruction_list(rng)
-  order, arranged = rng.choice(
-    (("", words), (" in reversed order", words[::-1]), (" in sorted order", sorted(words)))
-  )
+  order, arranged = rng.choice((("", words), (" in reversed order", words[::-1]), (" in sorted order", sorted(words))))
   prompt = f"List {', '.join(words)}{order}"
   if count == 2 and rng.random() < 0.5:
     return f"{prompt}, numbered.", " ".join(f"{i}.{word}" for i, word in enumerate(arranged, 1))
