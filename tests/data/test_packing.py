@@ -85,7 +85,7 @@ def test_packed_examples_come_out_again(pairs, slack):
   for segment, (prompt, response) in enumerate(pairs, start=1):
     mine = row["segment_ids"] == segment
     assert row["tokens"][mine].tolist() == prompt + response
-    assert row["targets"][mine].tolist() == (prompt + response)[1:] + [0]
+    assert row["targets"][mine].tolist() == [*(prompt + response)[1:], 0]
     assert row["positions"][mine].tolist() == list(range(len(prompt + response)))
     assert row["targets"][mine & (row["loss_mask"] == 1)].tolist() == response
   padding = row["segment_ids"] == 0
