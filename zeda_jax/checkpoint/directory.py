@@ -132,7 +132,7 @@ def _make_parents(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _make_locked(path: pathlib.Path) -> tuple[pathlib.Path, int]:
-  """A fresh sibling directory, locked for as long as this process lives so that no other run takes it for a leftover."""
+  """A fresh sibling directory, locked while this process lives so that no other run takes it for a leftover."""
   while True:
     temporary = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
     temporary.mkdir()

@@ -33,8 +33,8 @@ def save_hf(model: Decoder, path: str | pathlib.Path, format: str = "dynamic", o
   Args:
     model: static or dynamic.
     path: the directory to make.
-    format: "dynamic" (a static model stays static), or "plain": a static checkpoint with N + N_Z experts, whose last N_Z
-      have all-zero tensors and which any engine that knows the base model loads.
+    format: "dynamic" (a static model stays static), or "plain": a static checkpoint with N + N_Z experts, whose last
+      N_Z have all-zero tensors and which any engine that knows the base model loads.
     overwrite: replace a directory that is not empty.
 
   Raises:

@@ -1,7 +1,7 @@
 """The table between tensor names on disk and parameters of the model.
 
-One `Row` per kind of tensor. Another architecture is another tuple of rows (and letters in `dims`, where its shapes need
-them); reading, writing, validation and the directory transforms all follow from the rows.
+One `Row` per kind of tensor. Another architecture is another tuple of rows (and letters in `dims`, where its shapes
+need them); reading, writing, validation and the directory transforms all follow from the rows.
 """
 
 import dataclasses

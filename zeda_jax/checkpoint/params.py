@@ -204,7 +204,7 @@ def _plan(config: ModelConfig, params: Mapping[str, Any], fetch: "_LayerFetcher"
     like = tensor if tensor.pieces else tensors[tensor.row.name.format(layer=tensor.layer, expert=0)]
     dtype = np.dtype(_leaf(params, like.pieces[0].path).dtype)
     spec = TensorSpec(tensor.name, dtype_code(dtype), tensor.shape)
-    source = functools.partial(_assemble, tensor, dtype, fetch)
+    source = functools.partial(_assemble, tensor, fetch) if tensor.pieces else None
     plan.append(PlannedTensor(spec, source))
   return plan + _kept_from_source(config, tensors, params)
 
@@ -232,16 +232,14 @@ def _kept_from_source(
   return plan
 
 
-def _assemble(tensor: HfTensor, dtype: np.dtype, fetch: "_LayerFetcher") -> np.ndarray:
+def _assemble(tensor: HfTensor, fetch: "_LayerFetcher") -> np.ndarray:
   """One tensor as it is stored: the pieces' rows, transposed back."""
   blocks = [fetch(piece) for piece in tensor.pieces]
-  if not blocks:
-    return np.zeros(tensor.shape, dtype)
   return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
 class _LayerFetcher:
-  """Brings parameters to the host one layer at a time and keeps the latest layer of each until the next is asked for."""
+  """Brings parameters to the host one layer at a time and keeps that layer until another is asked for."""
 
   def __init__(self, params: Mapping[str, Any]):
     self._params = params

@@ -220,8 +220,9 @@ def _is_or_are(names: Sequence[str]) -> str:
 
 # --- writing ------------------------------------------------------------------------------------------------------
 
-# Where a planned tensor's bytes come from: copied as they lie in another file, or computed when their turn comes.
-TensorSource = StoredTensor | Callable[[], np.ndarray]
+# Where a planned tensor's bytes come from: copied as they lie in another file, computed when their turn comes, or
+# (None) all zeros, which become a hole in the file and then take neither time nor room.
+TensorSource = StoredTensor | Callable[[], np.ndarray] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +284,9 @@ def _write_file(file: pathlib.Path, tensors: Sequence[PlannedTensor]) -> None:
   with open(file, "xb", buffering=0) as stream:
     _write_all(stream.fileno(), _header_bytes(ordered))
     for tensor in ordered:
+      if tensor.source is None:
+        stream.seek(tensor.spec.nbytes, os.SEEK_CUR)
+        continue
       if isinstance(tensor.source, StoredTensor):
         copy_range(tensor.source, stream.fileno())
         continue
@@ -290,6 +294,7 @@ def _write_file(file: pathlib.Path, tensors: Sequence[PlannedTensor]) -> None:
       if array.shape != tensor.spec.shape or array.dtype != DTYPES[tensor.spec.dtype]:
         raise ValueError(f"{tensor.spec} was planned, but its source gave {array.dtype} {array.shape}")
       _write_all(stream.fileno(), np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    stream.truncate()  # up to here: the last tensor may be a hole
     os.fsync(stream.fileno())
 
 

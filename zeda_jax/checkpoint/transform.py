@@ -7,7 +7,6 @@ import numpy as np
 from zeda_jax import zero_experts
 from zeda_jax.checkpoint import directory, names
 from zeda_jax.checkpoint.safetensors_io import (
-  DTYPES,
   MAX_SHARD_BYTES,
   PlannedTensor,
   StoredTensor,
@@ -97,9 +96,7 @@ def _widened(tensor: StoredTensor, count: int, seed: int, layer: int) -> Planned
 def _zeros(tensor: names.HfTensor, stored: dict[str, StoredTensor]) -> PlannedTensor:
   """A zero expert's tensor: all zeros, in the dtype of expert 0's."""
   like = stored[tensor.row.name.format(layer=tensor.layer, expert=0)]
-  return PlannedTensor(
-    TensorSpec(tensor.name, like.dtype, tensor.shape), lambda: np.zeros(tensor.shape, DTYPES[like.dtype])
-  )
+  return PlannedTensor(TensorSpec(tensor.name, like.dtype, tensor.shape), None)
 
 
 def _open(
