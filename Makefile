@@ -1,0 +1,59 @@
+# `make demo` and `make test` need nothing but Python >= 3.11: they make .venv and install into it what they use.
+#
+#   make test PYTHON=python3.12
+#   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"   # torch without CUDA (1 GB less)
+#   make test PYTEST_FLAGS="tests/ops -x"
+#   make demo DEMO_FLAGS="--help"
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+DEMO_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet $(PIP_FLAGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.installed ## adapt the embedded tiny teacher and print the table (minutes on a laptop)
+	$(BIN)/zeda demo $(DEMO_FLAGS)
+
+test: lint ## ruff, mypy and the tests
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/.installed-dev ## the tests marked slow: minutes of work or gigabytes of disk
+	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-dev ## ruff and mypy alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and every cache
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "zeda-jax needs Python 3.11 or newer, \
+	and $(PYTHON) is " + sys.version.split()[0] + ": run make with PYTHON=/path/to/a/newer/python3.")'
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps, written only after a finished installation: an interrupted one starts again.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "Installing zeda-jax into $(VENV) (some minutes the first time)"
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	@echo "Installing zeda-jax and its development tools into $(VENV) (some minutes the first time)"
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.installed
