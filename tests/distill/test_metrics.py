@@ -11,6 +11,7 @@ import rich.console
 from tensorboardX.proto.event_pb2 import Event
 
 from zeda_jax.distill.metrics import MetricWriter, flatten_metrics
+from zeda_jax.errors import ZedaError
 
 
 def writer(directory, **options):
@@ -102,6 +103,14 @@ def test_nan_is_valid_json(tmp_path):
     "kl": None,
   }
   assert read_csv(tmp_path) == [{"step": "1", "loss": "nan", "kl": "inf"}]
+
+
+def test_unwritable_file_is_a_sentence(tmp_path):
+  w = write_steps(tmp_path, 0, 1)
+  (tmp_path / "metrics.csv").unlink()
+  (tmp_path / "metrics.csv").mkdir()
+  with pytest.raises(ZedaError, match=f"cannot write the metrics of step 2 in {tmp_path} "):
+    w.write(2, {"loss": 1.0, "zero_ratio": {"layer": np.zeros(2)}})
 
 
 def read_events(directory):

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
@@ -11,8 +12,14 @@ import grain.checkpoint as grain_checkpoint
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
 
+from zeda_jax.checkpoint.directory import list_side_files, new_directory
+from zeda_jax.checkpoint.params import ShardingRule
+from zeda_jax.checkpoint.safetensors_io import write_synced
+from zeda_jax.config import read_config, to_hf
 from zeda_jax.errors import ZedaError
+from zeda_jax.models.decoder import Decoder, abstract_decoder
 
 
 class Restored(NamedTuple):
@@ -41,11 +48,16 @@ class CheckpointStore:
     if keep < 1:
       raise ZedaError(f"keep is {keep}; expected at least 1 checkpoint to be kept.")
     directory = os.fspath(directory)
-    self.directory = directory if "://" in directory else os.path.abspath(directory)
+    self.directory = directory if "://" in directory else str(pathlib.Path(directory).absolute())
+    self._writing: int | None = None
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=async_save
+        max_to_keep=keep,
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=async_save,
+        # Directories made in the background report a failure only after a timeout of minutes.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
       ),
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),
@@ -80,6 +92,8 @@ class CheckpointStore:
       data=grain_checkpoint.CheckpointSave(_Position(_encode(data_state))),
       metadata=ocp.args.JsonSave(dict(metadata or {})),
     )
+    self.wait()  # so that a failure is told with the right step; orbax would wait here, too
+    self._writing = step
     try:
       self._manager.save(step, args=items)
     except Exception as error:
@@ -96,6 +110,7 @@ class CheckpointStore:
     Raises:
       ZedaError: there is no checkpoint, it cannot be read, or it does not have the arrays of `abstract_state`.
     """
+    self.wait()
     step = self.latest_step() if step is None else step
     if step is None:
       raise ZedaError(f"{self.directory} has no complete checkpoint to restore.")
@@ -105,7 +120,7 @@ class CheckpointStore:
       saved = self._manager.item_metadata(step)["state"].tree
     except Exception as error:
       raise self._cannot("read", step, error) from error
-    _check_same_arrays(abstract, saved, self.step_directory(step))
+    _check_same_arrays(abstract, saved, f"{self.step_directory(step)} does not fit this run", _OTHER_RUN)
     self._check_process_count(step)
     items = ocp.args.Composite(
       state=ocp.args.StandardRestore(abstract),
@@ -125,7 +140,7 @@ class CheckpointStore:
     try:
       self._manager.wait_until_finished()
     except Exception as error:
-      raise self._cannot("write", self.latest_step(), error) from error
+      raise self._cannot("write", self._writing, error) from error
 
   def reached_preemption(self, step: int) -> bool:
     """Whether the cluster announced a preemption; the same answer in every process of a multi-process run."""
@@ -156,14 +171,81 @@ class CheckpointStore:
   def _cannot(self, verb: str, step: int | None, error: Exception) -> ZedaError:
     if isinstance(error, ZedaError):
       return error
-    reason = " ".join(str(error).split())[:300]
+    reason = " ".join(str(error).split())
+    if verb == "write" and "://" not in self.directory:
+      shutil.rmtree(f"{self.step_directory(step or 0)}.orbax-checkpoint-tmp", ignore_errors=True)
     if "No space left" in reason:
+      reason = "No space left on device"
       advice = "free some space and run the same command again; the checkpoints before it are intact"
     elif verb == "write":
       advice = "check that the directory is writable, then run the same command again"
     else:
       advice = "delete that directory to go on from the checkpoint before it"
-    return ZedaError(f"cannot {verb} checkpoint {self.directory}/{step} ({type(error).__name__}: {reason}): {advice}.")
+    return ZedaError(
+      f"cannot {verb} checkpoint {self.directory}/{step} ({type(error).__name__}: {reason[:300]}): {advice}."
+    )
+
+
+def save_params(path: str | os.PathLike[str], model: Decoder, overwrite: bool = False) -> None:
+  """Writes a model as an Orbax directory: `params/`, config.json, and the files beside the weights it came from.
+
+  Args:
+    path: the directory to make.
+    model: static or dynamic; parameters may be sharded over the devices of this process.
+    overwrite: replace a directory that is not empty.
+
+  Raises:
+    ZedaError: the directory cannot be written (nothing of it is left then), or there are several processes.
+  """
+  if jax.process_count() > 1:
+    raise ZedaError(f"save_params runs in one process, found {jax.process_count()}: convert on a single host.")
+  raw = to_hf(model.config)
+  raw["dtype" if "dtype" in raw else "torch_dtype"] = model.config.dtype
+  flat = _flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+  with new_directory(pathlib.Path(path), overwrite, sum(leaf.nbytes for leaf in flat.values())) as directory:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(directory / "params", flat)
+    for file in list_side_files(model.config.source):
+      shutil.copyfile(file, directory / file.name)
+    write_synced(directory / "config.json", json.dumps(raw, indent=2, ensure_ascii=False) + "\n")
+
+
+def load_params(path: str | os.PathLike[str], sharding: ShardingRule | None = None) -> Decoder:
+  """Reads a model that `save_params` wrote, each parameter in the type it was saved in.
+
+  Args:
+    path: the directory.
+    sharding: (parameter path, shape) -> Sharding; None means the default device.
+
+  Raises:
+    ZedaError: the directory is not a complete Orbax directory of a supported model.
+  """
+  directory = pathlib.Path(path).absolute()
+  config = read_config(directory)
+  graphdef, state = nnx.split(abstract_decoder(config))
+  params = nnx.to_pure_dict(state)
+  default = jax.numpy.empty(()).sharding
+  with ocp.StandardCheckpointer() as checkpointer:
+    try:
+      saved = checkpointer.metadata(directory / "params").item_metadata.tree
+    except (OSError, ValueError, AttributeError) as error:
+      raise ZedaError(f"{directory} has no readable params/: expected a directory made by to_orbax.") from error
+    abstract = {
+      names: jax.ShapeDtypeStruct(
+        leaf.shape,
+        saved[names].dtype if names in saved else leaf.dtype,
+        sharding=sharding(tuple(key.key for key in keys), leaf.shape) if sharding else default,
+      )
+      for (keys, leaf), names in zip(jax.tree.leaves_with_path(params), _flatten(params), strict=True)
+    }
+    _check_same_arrays(abstract, saved, f"{directory / 'params'} does not fit its config.json", "convert it again")
+    try:
+      found = checkpointer.restore(directory / "params", abstract)
+    except (OSError, ValueError) as error:
+      raise ZedaError(f"{directory / 'params'} cannot be read ({error}): convert it again.") from error
+  leaves = [found[name] for name in abstract]
+  nnx.replace_by_pure_dict(state, jax.tree.unflatten(jax.tree.structure(params), leaves))
+  return nnx.merge(graphdef, state)
 
 
 class _Position:
@@ -213,10 +295,15 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
-def _check_same_arrays(expected: Mapping[str, jax.ShapeDtypeStruct], saved: Mapping[str, Any], where: str) -> None:
+_OTHER_RUN = "it was written with another model or configuration; use another output directory"
+
+
+def _check_same_arrays(
+  expected: Mapping[str, jax.ShapeDtypeStruct], saved: Mapping[str, Any], complaint: str, advice: str
+) -> None:
   """Raises a ZedaError that names the first arrays that differ; orbax itself would cast and crop silently."""
   differ = [f"{name} is missing" for name in expected if name not in saved]
-  differ += [f"{name} is not part of this run" for name in saved if name not in expected]
+  differ += [f"{name} is not expected" for name in saved if name not in expected]
   for name, leaf in expected.items():
     if name in saved:
       is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # stored as its words: shape and dtype differ
@@ -225,7 +312,4 @@ def _check_same_arrays(expected: Mapping[str, jax.ShapeDtypeStruct], saved: Mapp
         differ.append(f"{name} is {found[1]}{list(found[0])}, expected {leaf.dtype}{list(leaf.shape)}")
   if differ:
     more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-    raise ZedaError(
-      f"{where} does not fit this run ({'; '.join(differ[:3])}{more}): it was written with another model or "
-      "configuration; use another output directory."
-    )
+    raise ZedaError(f"{complaint} ({'; '.join(differ[:3])}{more}): {advice}.")

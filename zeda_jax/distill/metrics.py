@@ -15,6 +15,8 @@ import rich.console
 import rich.progress
 import tensorboardX
 
+from zeda_jax.errors import ZedaError
+
 # What the progress line shows, under which label and how; the files hold everything.
 CONSOLE = {
   "loss": ("loss", "{:.4f}"),
@@ -95,12 +97,22 @@ class MetricWriter:
       self._bar.add_task(self._label, total=num_steps, completed=step, text="")
 
   def write(self, step: int, metrics: Mapping[str, Any], seconds_left: float | None = None) -> None:
-    """Adds the row of `step`. Later steps only: rows are never rewritten while running."""
+    """Adds the row of `step`, which is later than those before it.
+
+    Raises:
+      ZedaError: the files cannot be written.
+    """
     if not self._primary:
       return
     row = flatten_metrics(metrics)
     if self._directory is not None:
-      self._write_files(self._directory, step, row)
+      try:
+        self._write_files(self._directory, step, row)
+      except OSError as error:
+        raise ZedaError(
+          f"cannot write the metrics of step {step} in {self._directory} ({error.strerror or error}): mend that and "
+          "run the same command again to go on from the last checkpoint."
+        ) from error
     self._show(step, row, seconds_left)
     self._step = step
 
