@@ -209,7 +209,9 @@ def _moe_layers(raw: Mapping[str, Any], num_layers: int, where: str) -> tuple[bo
     raise ZedaError(f"{where}: decoder_sparse_step is {step!r}; expected a whole number of at least 1.")
   layers = tuple(i not in dense and (i + 1) % step == 0 for i in range(num_layers))
   if not any(layers):
-    raise ZedaError(f"{where}: mlp_only_layers and decoder_sparse_step leave no MoE layer, so there is nothing to skip.")
+    raise ZedaError(
+      f"{where}: mlp_only_layers and decoder_sparse_step leave no MoE layer, so there is nothing to skip."
+    )
   return layers
 
 

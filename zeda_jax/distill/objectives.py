@@ -1,9 +1,9 @@
 """What each stage minimises: a loss per response token against the teacher, plus the balance loss over all tokens.
 
-  SFT  cross_entropy  -log pi(y_t) on the teacher's rollouts (paper section 3.3)
-       forward_kl     KL(teacher || student) over the whole vocabulary
-  OPD  sampled        policy gradient of the student's own tokens, advantage log pi_T(y_t) - log pi_old(y_t), ratio-clipped
-       reverse_kl     KL(student || teacher) over the whole vocabulary: the same expectation, exact, with less variance
+SFT  cross_entropy  -log pi(y_t) on the teacher's rollouts (paper section 3.3)
+     forward_kl     KL(teacher || student) over the whole vocabulary
+OPD  sampled        policy gradient of the student's own tokens, advantage log pi_T(y_t) - log pi_old(y_t), ratio-clipped
+     reverse_kl     KL(student || teacher) over the whole vocabulary: the same expectation, exact, with less variance
 """
 
 import dataclasses
@@ -68,9 +68,7 @@ def token_loss(
   if objective.loss == "reverse_kl":
     return losses.reverse_kl
   old = batch["old_logprobs"]
-  return sampled_token_loss(
-    losses.logprob, old, losses.teacher_logprob - old, objective.clip_low, objective.clip_high
-  )
+  return sampled_token_loss(losses.logprob, old, losses.teacher_logprob - old, objective.clip_low, objective.clip_high)
 
 
 def batch_loss(
@@ -102,7 +100,12 @@ def batch_loss(
     masked = teacher.hidden(*forward, zero_expert_bias=-jnp.inf)
     teacher_inputs = (flat(masked.hidden), teacher.head())
   losses = token_losses(
-    flat(out.hidden), student.head(), flat(batch["targets"]), *teacher_inputs, mask=mask, chunk_size=objective.chunk_size
+    flat(out.hidden),
+    student.head(),
+    flat(batch["targets"]),
+    *teacher_inputs,
+    mask=mask,
+    chunk_size=objective.chunk_size,
   )
   extra = {"old_logprobs": flat(batch["old_logprobs"])} if objective.loss == "sampled" else {}
   scale = 1.0 / jnp.maximum(response_tokens, 1.0)

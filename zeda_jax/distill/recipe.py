@@ -77,6 +77,7 @@ def default_config() -> ml_collections.ConfigDict:
         "max_new_tokens": 32768,
         "temperature": 0.0,
         "batch_size": 64,
+        "models": ("teacher", "injected", "sft", "student"),  # rows of the summary
       },
     }
   ).lock()
@@ -98,16 +99,21 @@ def check_config(config: ml_collections.ConfigDict) -> None:
       raise ZedaError(f"config.{name} is empty; give it as --config.{name}=PATH.")
   positive = {
     "rollout": ("max_new_tokens", "batch_size", "shard_size"),
-    "sft": ("epochs", "batch_size", "row_length", "accumulate", "save_every", "log_every"),
+    "sft": ("batch_size", "row_length", "accumulate", "save_every", "log_every"),
     "opd": ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "accumulate", "save_every", "log_every"),
   }
   for section, names in positive.items():
     for name in names:
       if config[section][name] < 1:
         raise ZedaError(f"config.{section}.{name} is {config[section][name]}; expected at least 1.")
-  for section, rows in (("sft", config.sft.batch_size), ("opd", config.opd.prompts_per_step * config.opd.samples_per_prompt)):
+  for section, rows in (
+    ("sft", config.sft.batch_size),
+    ("opd", config.opd.prompts_per_step * config.opd.samples_per_prompt),
+  ):
     if rows % config[section].accumulate:
-      raise ZedaError(f"config.{section}.accumulate is {config[section].accumulate}, which does not divide {rows} rows.")
+      raise ZedaError(
+        f"config.{section}.accumulate is {config[section].accumulate}, which does not divide {rows} rows."
+      )
 
 
 def claim_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:

@@ -21,7 +21,7 @@ from zeda_jax.distill.recipe import optimizer_config
 from zeda_jax.distill.step import Reference, TrainState, init_state, make_train_step
 from zeda_jax.distill.trainer import Batches, run_training
 from zeda_jax.models.decoder import Decoder
-from zeda_jax.models.params import Params, combine, merge_model, split_model, trainable_partition
+from zeda_jax.models.params import combine, merge_model, split_model, trainable_partition
 from zeda_jax.rollout.generate import generate
 
 _ROW_MULTIPLE = 16  # on-policy rows are as long as the longest sequence may get, rounded up to this
@@ -115,7 +115,7 @@ def run_opd(
     prompts = [render(int(indices[i])) for i in raw for _ in range(settings.samples_per_prompt)]
     seed = int(np.random.SeedSequence([stage.seed, step]).generate_state(1)[0] >> 1)
     samples = generate(
-      model, prompts, settings.max_new_tokens, settings.temperature, seed=seed, batch_size=len(prompts)
+      model, prompts, settings.max_new_tokens, settings.temperature, seed=seed, batch_size=len(prompts), width=longest
     )
     return on_policy_batch(prompts, [s.tokens for s in samples], [s.logprobs for s in samples], length)
 
@@ -137,9 +137,3 @@ def on_policy_batch(
     row["old_logprobs"][row["loss_mask"] > 0] = logprob
     rows.append(row)
   return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def parameter_count(params: Params) -> int:
-  import jax
-
-  return sum(x.size for x in jax.tree.leaves(params))

@@ -43,7 +43,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, seed: in
   return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(seed))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def make_train_step(
   student: nnx.GraphDef,
   teacher: nnx.GraphDef,
@@ -101,7 +101,9 @@ def _gradients(
     parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), dict(batch))
     shapes = jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, part_gradients(part)), None), zeros, parts)
+    total, _ = jax.lax.scan(
+      lambda total, part: (jax.tree.map(jnp.add, total, part_gradients(part)), None), zeros, parts
+    )
     grads, metrics = total
   means = {name: value / accumulate for name, value in metrics["means"].items()}
   metrics = {**metrics["sums"], **means, "tokens": (batch["segment_ids"] > 0).sum()}

@@ -41,5 +41,5 @@ def update_cache(
     return store.at[layer, rows, positions].set(new.astype(store.dtype), mode="drop")
 
   cache = KVCache(key=write(cache.key, key), value=write(cache.value, value))
-  pick = lambda store: jax.lax.dynamic_index_in_dim(store, layer, keepdims=False)  # noqa: E731
+  pick = lambda store: jax.lax.dynamic_index_in_dim(store, layer, keepdims=False)
   return cache, pick(cache.key), pick(cache.value)

@@ -74,7 +74,7 @@ class DecoderLayer(nnx.Module):
       live = shared.live.reshape(-1)
       out, routing = self.mlp(normed.reshape(-1, x.shape[-1]), shared.zero_expert_bias, live)
       aux = jnp.zeros(()) if shared.aux_loss is None else shared.aux_loss(routing, live)
-      by_token = lambda a: a.reshape(*x.shape[:2], -1)  # noqa: E731
+      by_token = lambda a: a.reshape(*x.shape[:2], -1)
       return x + out.reshape(x.shape), cache, (by_token(routing.picks), by_token(routing.weights), aux)
 
 

@@ -76,9 +76,7 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Float[np.ndarray, " D/
   assert rope.factor is not None and rope.original_max_position_embeddings is not None
 
   def corner(turns: float) -> float:
-    return (
-      dim * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
-    )
+    return dim * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
   low, high = corner(rope.beta_fast), corner(rope.beta_slow)
   if rope.truncate:

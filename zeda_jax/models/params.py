@@ -1,4 +1,4 @@
-"""A model as (graphdef, params): params is a plain nested dict of arrays, so that pure functions can split and mix it."""
+"""A model as (graphdef, params): a plain nested dict of arrays, which pure functions can split and mix."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 from flax import nnx, traverse_util
 
 from zeda_jax.errors import ZedaError
-from zeda_jax.models.decoder import Decoder
+from zeda_jax.models.decoder import Decoder, abstract_decoder
 
 Params = dict[Any, Any]
 Path = tuple[Any, ...]
@@ -22,6 +22,12 @@ def split_model(model: Decoder) -> tuple[nnx.GraphDef, Params]:
 def merge_model(graphdef: nnx.GraphDef, params: Params) -> Decoder:
   """The inverse of split_model; the arrays are shared, not copied."""
   return nnx.merge(graphdef, nnx.State(jax.tree.map(nnx.Param, params)))
+
+
+def reconfigured(model: Decoder, **changes: object) -> Decoder:
+  """`model` with other ModelConfig fields; the parameters are shared, so the fields may not change their shapes."""
+  graphdef, _ = nnx.split(abstract_decoder(model.config.replace(**changes)))
+  return merge_model(graphdef, split_model(model)[1])
 
 
 def partition(params: Params, chosen: Callable[[Path], bool]) -> tuple[Params, Params]:

@@ -95,9 +95,7 @@ def generate_batch(
 
   index = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompts.shape)
   cache = init_cache(config, batch, width + max_new_tokens)
-  prefilled = model.hidden(
-    prompts, (index < lengths[:, None]).astype(jnp.int32), index, zero_expert_bias, cache=cache
-  )
+  prefilled = model.hidden(prompts, (index < lengths[:, None]).astype(jnp.int32), index, zero_expert_bias, cache=cache)
   empty = jnp.zeros((batch, max_new_tokens))
   start = _Decoding(
     step=jnp.zeros((), jnp.int32),
@@ -132,6 +130,7 @@ def generate(
   zero_expert_bias: float = 0.0,
   batch_size: int = 64,
   stream_ids: Sequence[int] | None = None,
+  width: int = 0,
 ) -> list[Sample]:
   """Samples one response per prompt.
 
@@ -147,6 +146,7 @@ def generate(
     zero_expert_bias: see `Decoder.__call__`.
     batch_size: sequences decoded together.
     stream_ids: number of each prompt's rng stream; None numbers them 0, 1, ...
+    width: prompts are padded at least to this many tokens; one width for all calls compiles once.
 
   Raises:
     ZedaError: a prompt is empty or does not leave room for max_new_tokens in the model's context.
@@ -163,7 +163,7 @@ def generate(
   samples: dict[int, Sample] = {}
   for first in range(0, len(prompts), batch_size):
     chunk = order[first : first + batch_size]
-    tokens, lengths = _pad([prompts[i] for i in chunk], batch_size)
+    tokens, lengths = _pad([prompts[i] for i in chunk], batch_size, width)
     ids = np.zeros(batch_size, np.uint32)
     ids[: len(chunk)] = streams[chunk]
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(base, jnp.asarray(ids))
@@ -205,9 +205,9 @@ def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
       )
 
 
-def _pad(prompts: Sequence[Sequence[int]], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _pad(prompts: Sequence[Sequence[int]], batch_size: int, width: int) -> tuple[np.ndarray, np.ndarray]:
   """Right-pads to a bucketed width and `batch_size` rows."""
-  width = -(-max(len(p) for p in prompts) // _BUCKET) * _BUCKET
+  width = -(-max(width, *(len(p) for p in prompts)) // _BUCKET) * _BUCKET
   tokens = np.zeros((batch_size, width), np.int32)
   lengths = np.zeros(batch_size, np.int32)
   for row, prompt in enumerate(prompts):

@@ -84,7 +84,5 @@ def _answer(
       stream_ids=np.asarray(batch),
     )
     for index, prompt, sample in zip(batch, tokens, samples, strict=True):
-      yield make_record(
-        prompts[index], index, prompt, sample.tokens, sample.logprobs, finished=sample.finished
-      )
+      yield make_record(prompts[index], index, prompt, sample.tokens, sample.logprobs, finished=sample.finished)
     progress(first + len(batch))

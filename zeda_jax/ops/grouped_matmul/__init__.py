@@ -65,6 +65,4 @@ def grouped_matmul(
   name = backend or "tiled"
   if name not in BACKENDS:
     raise ZedaError(f"grouped_matmul: backend is {name!r}; expected one of {', '.join(BACKENDS)}.")
-  return BACKENDS[name](
-    lhs, rhs, group_sizes, precision=precision, preferred_element_type=preferred_element_type
-  )
+  return BACKENDS[name](lhs, rhs, group_sizes, precision=precision, preferred_element_type=preferred_element_type)

@@ -1,0 +1,1 @@
+"""The `zeda` command: one short file per group of subcommands."""

@@ -1,0 +1,39 @@
+"""`zeda adapt` and its single stages."""
+
+from zeda_jax.cli.config_flags import parse_config
+
+_HELP = """zeda {command}: {what}
+
+usage: zeda {command} --config=configs/tiny.py --config.teacher=DIR --config.prompts=FILE.jsonl --config.workdir=DIR
+
+  --config=FILE            settings: configs/tiny.py, configs/qwen3_30b_a3b.py or your own
+  --config.teacher=DIR     Hugging Face directory of the static model
+  --config.prompts=FILE    JSONL, one object a line with `prompt` or `messages`, optional `label`
+  --config.workdir=DIR     everything is written below it; run the same command again to go on
+  --config.NAME=VALUE      any other setting, for example
+      --config.sft.weight=3                 target share of zero picks: w N_Z / (N + w N_Z)
+      --config.sft.trainable=router         all | router | router+norms   (opd.trainable likewise)
+      --config.sft.loss=forward_kl          cross_entropy | forward_kl
+      --config.opd.loss=reverse_kl          sampled | reverse_kl
+      --config.student.num_zero_experts=64  half the experts by default
+
+The zeda_jax/distill/recipe.py lists every setting with its default.
+"""
+
+
+def run(command: str, args: list[str]) -> int:
+  if not args or {"-h", "--help"} & set(args):
+    from zeda_jax.cli.main import COMMANDS
+
+    print(_HELP.format(command=command, what=COMMANDS[command][1]))
+    return 0
+  config = parse_config(command, args)
+  # Imported late: `--help` and a wrong flag should not wait for JAX.
+  from zeda_jax.distill.adapt import adapt
+  from zeda_jax.distill.trainer import StoppedEarly
+
+  try:
+    adapt(config, until="evaluate" if command == "adapt" else command)
+  except StoppedEarly as stopped:
+    print(stopped)
+  return 0

@@ -1,0 +1,117 @@
+"""What `zeda adapt` tells its user: the plan before, progress meanwhile, the table after."""
+
+import contextlib
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ml_collections
+import rich.console
+import rich.progress
+import rich.table
+
+from zeda_jax.config import ModelConfig
+from zeda_jax.data.jsonl import atomic_writer
+
+_ROWS = {
+  "teacher": "teacher",
+  "injected": "injected, untrained",
+  "sft": "SFT",
+  "student": "student (exported)",
+}
+
+
+def describe(
+  console: rich.console.Console,
+  config: ml_collections.ConfigDict,
+  model: ModelConfig,
+  num_train: int,
+  num_held_out: int,
+) -> None:
+  """Says what will be done, before it is done."""
+  zero = config.student.num_zero_experts
+  zero = model.num_experts // 2 if zero is None else zero
+  lines = [
+    f"teacher   {config.teacher}: {model.num_layers} layers, {model.num_experts} experts, top {model.num_experts_per_tok}",
+    f"student   + {zero} zero experts per MoE layer, trains {config.sft.trainable}",
+    f"data      {num_train} prompts to learn from, {num_held_out} held out",
+    f"SFT       {config.sft.epochs} epoch(s), {config.sft.loss}, w={config.sft.weight:g}, alpha={config.sft.coefficient:g}",
+    f"OPD       {config.opd.steps} steps, {config.opd.loss}",
+    f"output    {config.workdir}",
+  ]
+  for line in lines:
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress(console: rich.console.Console, label: str) -> Iterator[Callable[[int, int], None]]:
+  """A progress bar on a terminal, a few plain lines elsewhere; yields (done, total) -> None."""
+  if console.is_terminal:
+    with rich.progress.Progress(console=console) as bar:
+      task = bar.add_task(label, total=None)
+      yield lambda done, total: bar.update(task, completed=done, total=total)
+    return
+  printed = -1
+
+  def show(done: int, total: int) -> None:
+    nonlocal printed
+    tenth = 10 * done // max(total, 1)
+    if tenth > printed:
+      printed = tenth
+      console.print(f"{label} {done}/{total}", highlight=False)
+
+  yield show
+
+
+def rows(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """The measured results by name, in table order."""
+  found = {name: workdir / "evaluate" / f"{name}.json" for name in _ROWS}
+  return {name: json.loads(file.read_text()) for name, file in found.items() if file.is_file()}
+
+
+def _cells(label: str, row: Mapping[str, Any], families: list[str]) -> list[str]:
+  values = [row["accuracy"].get(name) for name in families]
+  cells = [label, *("" if v is None else f"{100 * v:.2f}" for v in values)]
+  if families:
+    present = [v for v in values if v is not None]
+    cells.append(f"{100 * sum(present) / len(present):.2f}" if present else "")
+  distance = row.get("distance", {}).get("forward_kl", math.nan)
+  cells += [f"{distance:.4f}", f"{row['skipped']:.3f}", f"{row['skipped_response']:.3f}"]
+  return [*cells, f"{100 * row['expert_flops_left']:.0f} %", f"{row['seconds']:.1f}"]
+
+
+def table_cells(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+  """Header and rows of the summary table; accuracies in percent, KL(teacher || student) in nats per token."""
+  families = sorted({name for row in results.values() for name in row["accuracy"]})
+  header = ["model", *families, *(["average"] if families else [])]
+  header += ["KL to teacher", "r_ZE all", "r_ZE response", "expert FLOPs", "seconds"]
+  return header, [_cells(_ROWS.get(name, name), row, families) for name, row in results.items()]
+
+
+def markdown(header: list[str], body: list[list[str]]) -> str:
+  lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+  return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)]) + "\n"
+
+
+def print_table(console: rich.console.Console, title: str, header: list[str], body: list[list[str]]) -> None:
+  table = rich.table.Table(title=title)
+  for i, name in enumerate(header):
+    table.add_column(name, justify="left" if i == 0 else "right")
+  for row in body:
+    table.add_row(*row)
+  console.print(table)
+
+
+def write(console: rich.console.Console, workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+  """Prints the table, writes it to summary.md and says where everything is."""
+  header, body = table_cells(rows(workdir))
+  if body:
+    print_table(console, "held-out prompts", header, body)
+    with atomic_writer(workdir / "summary.md", overwrite=True) as out:
+      out.write(markdown(header, body).encode())
+  where = {"student": "the dynamic checkpoint", "summary.md": "this table", "sft": "metrics of SFT", "opd": "of OPD"}
+  for name, what in where.items():
+    if (workdir / name).exists():
+      console.print(f"{what}: {workdir / name}", highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Measuring a model: accuracy on gradable prompts, distance to the teacher, expert work left."""
