@@ -112,17 +112,17 @@ def main() -> None:
         [*convert, "to_plain_directory", str(root / "dynamic"), str(root / "copy")],
       ),
     )
-    baseline = None
-    for label, command in rows:
-      runs = []
-      for _ in range(args.rounds):
-        runs.append(measure(command))
+    runs: dict[str, list[tuple[float, float]]] = {label: [] for label, _ in rows}
+    for _ in range(args.rounds):  # in turn, so that a slow minute of the machine does not hit one row alone
+      for label, command in rows:
+        runs[label].append(measure(command))
         if label.startswith("inject") and not (root / "dynamic").exists():
           (root / "copy").rename(root / "dynamic")
         shutil.rmtree(root / "copy", ignore_errors=True)
-      seconds, peak = min(run[0] for run in runs), max(run[1] for run in runs)
-      baseline = baseline or seconds
-      print(f"{label:<42}{seconds:>9.2f}{seconds / baseline:>7.2f}{peak:>13.0f}", flush=True)
+    baseline = min(seconds for seconds, _ in runs[rows[0][0]])
+    for label, measured in runs.items():
+      seconds, peak = min(run[0] for run in measured), max(run[1] for run in measured)
+      print(f"{label:<42}{seconds:>9.2f}{seconds / baseline:>7.2f}{peak:>13.0f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A laptop-sized recipe: small batches, short answers, full-vocabulary losses. `zeda demo` uses it on its own teacher."""
+"""A laptop-sized recipe: small batches, short answers, full-vocabulary losses."""
 
 from zeda_jax.distill.recipe import default_config
 

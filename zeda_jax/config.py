@@ -224,7 +224,7 @@ def _rope(raw: Mapping[str, Any], where: str) -> RopeConfig:
     return RopeConfig(theta=float(theta))
   if kind != "yarn":
     raise ZedaError(f"{where}: rope type is {kind!r}; supported are default and yarn.")
-  original = given.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
+  original = given.get("original_max_position_embeddings") or raw["max_position_embeddings"]
   factor = given.get("factor") or raw["max_position_embeddings"] / original
   fields = {k: given[k] for k in ("attention_factor", "mscale", "mscale_all_dim") if given.get(k) is not None}
   return RopeConfig(

@@ -37,8 +37,8 @@ def test_first_tasks_are_fixed_across_versions():
 
 
 EXPECTED_FIRST = [
-  *("What is 958-0?", "Run: x=[9,0,3];x[1]=6;print(x)", "List hal, pul in reversed order, numbered."),
-  *("What is 981-18?", 'Run: print("knl"[::-1])', "Write gunix in uppercase, sorted, twice."),
+  *("What is 3+665?", "Run: x=[9,0,3];x[1]=6;print(x)", "List hal, pul in reversed order, numbered."),
+  *("What is 55+278?", 'Run: print("knl"[::-1])', "Write gunix in uppercase, sorted, twice."),
 ]
 
 
@@ -57,12 +57,7 @@ def test_math_labels():
   for record in families.generate_tasks("math", "held_out", COUNT):
     prompt = _content(record)
     a, b = map(int, re.findall(r"\d+", prompt))
-    if prompt.startswith("Subtract"):
-      expected = b - a
-    elif prompt.startswith("Add") or "+" in prompt:
-      expected = a + b
-    else:
-      expected = a - b
+    expected = a + b if "+" in prompt else a - b
     assert record["label"] == str(expected), prompt
     assert expected >= 0
 

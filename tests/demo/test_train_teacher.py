@@ -18,7 +18,7 @@ TINY = train_teacher.teacher_config().replace(hidden_size=32, moe_layers=(True,)
 
 @pytest.fixture(scope="module")
 def examples():
-  return train_teacher.encode(train_teacher._tasks("instruction", "train", 200))
+  return train_teacher.encode(train_teacher._draws("instruction", 200))
 
 
 def test_pack_keeps_whole_examples_apart(examples):
@@ -69,7 +69,14 @@ def test_accuracy_counts_whole_responses(examples, monkeypatch):
 
 def test_training_lowers_the_loss_and_is_repeatable(monkeypatch, capsys):
   monkeypatch.setattr(train_teacher, "teacher_config", lambda: TINY)
-  arguments = {"steps": 40, "decay_steps": 10, "rows": 4, "length": 64, "train_prompts": 300, "log_every": 20}
+  arguments = {
+    "steps": 40,
+    "decay_steps": 10,
+    "rows": 4,
+    "length": 64,
+    "train_examples": dict.fromkeys(families.FAMILIES, 300),
+    "log_every": 20,
+  }
   first, second = (train_teacher.train(**arguments) for _ in range(2))
   lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
   losses = [float(line.split("response_loss ")[1].split()[0]) for line in lines]

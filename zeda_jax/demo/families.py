@@ -1,6 +1,6 @@
 """Three exactly gradable task families with disjoint training and held-out prompts.
 
-* math: additions and subtractions of one to three digits, in two wordings each;
+* math: additions and subtractions of one to three digits;
 * code: what a one-line Python program prints;
 * instruction: write a word in a given case, order and layout, or arrange a list of words.
 
@@ -25,7 +25,7 @@ RESERVED_WORDS = frozenset("write uppercase reversed sorted twice times with das
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
 CONSONANTS = "bcdfghjklmnpqrstvwxyz"
-# Invalid draws in a row after which a family counts as exhausted; far beyond chance for any sensible count.
+# Repeated prompts in a row after which a family counts as exhausted; far beyond chance for any sensible count.
 MAX_MISSES = 20000
 
 Task = tuple[str, str]  # prompt, label
@@ -37,10 +37,11 @@ def is_held_out(prompt: str) -> bool:
   return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 100 < HELD_OUT_PERCENT
 
 
-def tasks(family: str, split: Split, seed: int = 0) -> Iterator[Task]:
-  """Yields distinct (prompt, label) pairs of one part of a family, in an order fixed by the seed.
+def draws(family: str, split: Split, seed: int = 0) -> Iterator[Task]:
+  """Yields endless (prompt, label) pairs of one part of a family as its generator draws them, repetitions included.
 
-  The iterator ends when the family has no new prompt left.
+  Raises:
+    ZedaError: an unknown family or split, or a part in which no prompt is found.
   """
   if family not in FAMILIES:
     raise ZedaError(f"task family is {family!r}; expected one of {', '.join(FAMILIES)}.")
@@ -48,16 +49,24 @@ def tasks(family: str, split: Split, seed: int = 0) -> Iterator[Task]:
     raise ZedaError(f"split is {split!r}; expected 'train' or 'held_out'.")
   rng = random.Random(f"{family}/{split}/{seed}")
   draw = _DRAW[family]
+  while True:
+    prompt, label = draw(rng)
+    if is_held_out(prompt) == (split == "held_out"):
+      yield prompt, label
+
+
+def tasks(family: str, split: Split, seed: int = 0) -> Iterator[Task]:
+  """Yields distinct pairs, in an order fixed by the seed; ends when the family has no new prompt left."""
   seen: set[str] = set()
   misses = 0
-  while misses < MAX_MISSES:
-    prompt, label = draw(rng)
-    if prompt in seen or is_held_out(prompt) != (split == "held_out"):
-      misses += 1
-      continue
-    misses = 0
-    seen.add(prompt)
-    yield prompt, label
+  for prompt, label in draws(family, split, seed):
+    misses += 1
+    if prompt not in seen:
+      misses = 0
+      seen.add(prompt)
+      yield prompt, label
+    elif misses >= MAX_MISSES:
+      return
 
 
 def generate_tasks(family: str, split: Split, count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -93,17 +102,17 @@ def grade(family: str, label: str, response: str) -> bool:
 
 
 def _number(rng: random.Random) -> int:
-  """Operands of one, two and three digits; the short ones teach the carry before the long ones need it."""
-  digits = rng.choices((1, 2, 3), weights=(1, 2, 4))[0]
+  """An operand of one, two or three digits, equally often: the short ones teach the carry before the long ones."""
+  digits = rng.randint(1, 3)
   return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
 
 
 def draw_math(rng: random.Random) -> Task:
   a, b = _number(rng), _number(rng)
   if rng.random() < 0.5:
-    return rng.choice((f"What is {a}+{b}?", f"Add {a} and {b}.")), str(a + b)
+    return f"What is {a}+{b}?", str(a + b)
   a, b = max(a, b), min(a, b)
-  return rng.choice((f"What is {a}-{b}?", f"Subtract {b} from {a}.")), str(a - b)
+  return f"What is {a}-{b}?", str(a - b)
 
 
 def draw_code(rng: random.Random) -> Task:

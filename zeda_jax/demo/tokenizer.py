@@ -26,8 +26,8 @@ PAD, UNK, SYSTEM, USER, ASSISTANT, END = SPECIALS = (
 )
 LIST_COMMA = ", "  # between the numbers of a printed Python list only; elsewhere the space begins a word
 WORDS = (
-  *("What", " is", "Add", " and", "Subtract", " from", "Run:", "Write", "List", " in", " order", " uppercase"),
-  *(" reversed", " sorted", " twice", " times", " with", " dashes", " quotes", " brackets", " numbered"),
+  *("What", " is", "Run:", "Write", "List", " in", " order", " uppercase", " reversed", " sorted", " twice"),
+  *(" times", " with", " dashes", " quotes", " brackets", " numbered"),
 )
 FRAGMENTS = (
   *("print(", '"".join(', "sorted(", "max(", "min(", "sum(", "range(", ".upper()", ".replace(", ".count("),

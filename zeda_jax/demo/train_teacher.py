@@ -11,7 +11,7 @@ import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,9 +29,11 @@ from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import Decoder
 from zeda_jax.zero_experts import expert_balance_loss
 
-# Parts of a batch in tokens' worth of tasks: carries are learnt last, so math gets the largest share of tasks.
-SHARES = {"math": 0.4, "code": 0.3, "instruction": 0.3}
-TRAIN_PROMPTS = 80_000  # distinct training prompts per family
+# Share of each family in the examples: math is learnt last and its responses are the shortest.
+SHARES = {"math": 0.5, "code": 0.25, "instruction": 0.25}
+# Training examples per family and epoch, as drawn: distinct ones would leave math few of the short operands that the
+# long ones are learnt from.
+TRAIN_EXAMPLES = {"math": 120_000, "code": 80_000, "instruction": 80_000}
 STEPS, DECAY_STEPS = 6000, 600
 LEARNING_RATE = 3e-3
 WARMUP_STEPS = 100
@@ -179,12 +181,12 @@ def train(
   rows: int = 16,
   length: int = 96,
   seed: int = 0,
-  train_prompts: int = TRAIN_PROMPTS,
+  train_examples: Mapping[str, int] = TRAIN_EXAMPLES,
   log_every: int = 100,
 ) -> Decoder:
   """Trains a teacher; the same arguments on the same machine give the same parameters."""
-  examples = {family: encode(_tasks(family, "train", train_prompts)) for family in families.FAMILIES}
-  held_out = {family: encode(_tasks(family, "held_out", 512)) for family in families.FAMILIES}
+  examples = {family: encode(_draws(family, count)) for family, count in train_examples.items()}
+  held_out = {family: encode(_held_out(family, 512)) for family in families.FAMILIES}
   graphdef, params = nnx.split(init_decoder(teacher_config(), seed))
   optimizer = make_optimizer(steps, min(decay_steps, steps // 2))
   opt_state = optimizer.init(params)
@@ -256,7 +258,7 @@ def main() -> None:
     model = train(args.steps, seed=args.seed)
     graphdef, params = nnx.split(model)
     accuracy = {
-      family: exact_accuracy(graphdef, params, encode(_tasks(family, "held_out", args.per_family)))
+      family: exact_accuracy(graphdef, params, encode(_held_out(family, args.per_family)))
       for family in families.FAMILIES
     }
     command = f"python -m zeda_jax.demo.train_teacher --seed {args.seed} --steps {args.steps}"
@@ -267,8 +269,12 @@ def main() -> None:
   print(card)
 
 
-def _tasks(family: str, split: families.Split, count: int) -> list[families.Task]:
-  return list(itertools.islice(families.tasks(family, split), count))
+def _draws(family: str, count: int) -> list[families.Task]:
+  return list(itertools.islice(families.draws(family, "train"), count))
+
+
+def _held_out(family: str, count: int) -> list[families.Task]:
+  return list(itertools.islice(families.tasks(family, "held_out"), count))
 
 
 if __name__ == "__main__":

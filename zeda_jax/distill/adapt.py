@@ -1,4 +1,4 @@
-"""`zeda adapt`: inject, rollout, SFT, OPD, export, evaluate, summary. Each stage is skipped when its output is there."""
+"""`zeda adapt`: inject, rollout, SFT, OPD, export, evaluate, summary; finished stages are skipped."""
 
 import dataclasses
 import functools
@@ -24,7 +24,6 @@ from zeda_jax.evaluate.runner import evaluate, teacher_distance
 from zeda_jax.models.decoder import Decoder, inject
 from zeda_jax.models.params import reconfigured
 from zeda_jax.rollout.stage import is_finished, sample_rollouts
-from zeda_jax.zero_experts import target_ratio
 
 STAGES = ("rollout", "sft", "opd", "export", "evaluate")
 
@@ -114,8 +113,8 @@ def _split(config: ml_collections.ConfigDict, prompts: Prompts) -> tuple[np.ndar
   count = config.evaluate.num_prompts
   if count >= len(prompts):
     raise ZedaError(
-      f"config.evaluate.num_prompts is {count}, but {config.prompts} has only {len(prompts)} prompts: lower it, or name "
-      "a file of held-out prompts as config.evaluate.prompts."
+      f"config.evaluate.num_prompts is {count}, but {config.prompts} has only {len(prompts)} prompts: lower it, or "
+      "name a file of held-out prompts as config.evaluate.prompts."
     )
   order = np.random.default_rng(config.seed).permutation(len(prompts))
   return np.sort(order[count:]), prompts, np.sort(order[:count])
@@ -148,7 +147,7 @@ def adapt(
     _train_and_export(job, wanted)
   if "evaluate" in wanted:
     measure(job, "student", lambda: load_hf(workdir / "student", config.dtype or None))
-    summary.write(job.console, workdir, config)
+    summary.write(job.console, workdir, summary.LABELS)
   return workdir
 
 
@@ -217,17 +216,11 @@ def measure(job: Job, name: str, model: Callable[[], Decoder]) -> None:
   elif teacher_file.is_file():
     responses = json.loads(teacher_file.read_text())
   distance = teacher_distance(student, job.teacher, prompts, responses)
-  _write_json(file, dataclasses.asdict(result) | {"distance": distance})
+  averages = {"average": result.average, "standard_error": result.standard_error}
+  _write_json(file, dataclasses.asdict(result) | averages | {"distance": distance})
 
 
 def _write_json(file: pathlib.Path, value: Any) -> None:
   file.parent.mkdir(parents=True, exist_ok=True)
   with atomic_writer(file, overwrite=True) as out:
     out.write(json.dumps(value, indent=2).encode())
-
-
-def target(config: ml_collections.ConfigDict, model: ModelConfig) -> float:
-  """The zero-expert ratio that the SFT stage's balance loss aims at; 0 for a static student."""
-  zero = config.student.num_zero_experts
-  zero = model.num_experts // 2 if zero is None else zero
-  return target_ratio(model.num_experts, zero, config.sft.weight) if zero else 0.0

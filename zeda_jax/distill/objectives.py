@@ -2,7 +2,7 @@
 
 SFT  cross_entropy  -log pi(y_t) on the teacher's rollouts (paper section 3.3)
      forward_kl     KL(teacher || student) over the whole vocabulary
-OPD  sampled        policy gradient of the student's own tokens, advantage log pi_T(y_t) - log pi_old(y_t), ratio-clipped
+OPD  sampled        policy gradient of its own tokens, advantage log pi_T(y_t) - log pi_old(y_t), ratio-clipped
      reverse_kl     KL(student || teacher) over the whole vocabulary: the same expectation, exact, with less variance
 """
 
@@ -79,7 +79,7 @@ def batch_loss(
   balance: Mapping[str, Array],
   response_tokens: Float[Array, ""],
   parts: int = 1,
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+) -> tuple[Float[Array, ""], dict[str, dict[str, Array]]]:
   """Loss of one (micro-)batch and its metrics.
 
   Args:
@@ -122,7 +122,7 @@ def _metrics(
   distill: Array,
   balance_loss: Array,
   scale: Array,
-) -> dict[str, Array]:
+) -> dict[str, dict[str, Array]]:
   """Sums over this part of the batch, scaled so that the parts of a batch add up; ratios are means over parts."""
   real = batch["segment_ids"] > 0
   ratio = functools.partial(zero_expert_ratio, out.picks, config.num_experts)

@@ -1,5 +1,6 @@
 """The training step: a pure function (state, reference, batch) -> (state, metrics) with the teacher inside it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -80,7 +81,7 @@ def make_train_step(
     updates, opt_state = transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
-    return state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+    return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
   return train_step
 

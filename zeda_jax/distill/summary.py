@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -14,13 +14,9 @@ import rich.table
 
 from zeda_jax.config import ModelConfig
 from zeda_jax.data.jsonl import atomic_writer
+from zeda_jax.zero_experts import target_ratio
 
-_ROWS = {
-  "teacher": "teacher",
-  "injected": "injected, untrained",
-  "sft": "SFT",
-  "student": "student (exported)",
-}
+LABELS = {"teacher": "teacher", "injected": "injected, untrained", "sft": "SFT", "student": "student (exported)"}
 
 
 def describe(
@@ -33,11 +29,12 @@ def describe(
   """Says what will be done, before it is done."""
   zero = config.student.num_zero_experts
   zero = model.num_experts // 2 if zero is None else zero
+  target = target_ratio(model.num_experts, zero, config.sft.weight) if zero else 0.0
   lines = [
-    f"teacher   {config.teacher}: {model.num_layers} layers, {model.num_experts} experts, top {model.num_experts_per_tok}",
+    f"teacher   {config.teacher}: {model.num_layers} layers, top {model.num_experts_per_tok} of {model.num_experts}",
     f"student   + {zero} zero experts per MoE layer, trains {config.sft.trainable}",
     f"data      {num_train} prompts to learn from, {num_held_out} held out",
-    f"SFT       {config.sft.epochs} epoch(s), {config.sft.loss}, w={config.sft.weight:g}, alpha={config.sft.coefficient:g}",
+    f"SFT       {config.sft.epochs} epoch(s), {config.sft.loss}, w={config.sft.weight:g} (target r_ZE {target:.2f})",
     f"OPD       {config.opd.steps} steps, {config.opd.loss}",
     f"output    {config.workdir}",
   ]
@@ -65,9 +62,9 @@ def progress(console: rich.console.Console, label: str) -> Iterator[Callable[[in
   yield show
 
 
-def rows(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
-  """The measured results by name, in table order."""
-  found = {name: workdir / "evaluate" / f"{name}.json" for name in _ROWS}
+def results(workdir: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+  """The measured results by name, in the given order; without those that are not there."""
+  found = {name: workdir / "evaluate" / f"{name}.json" for name in names}
   return {name: json.loads(file.read_text()) for name, file in found.items() if file.is_file()}
 
 
@@ -75,19 +72,20 @@ def _cells(label: str, row: Mapping[str, Any], families: list[str]) -> list[str]
   values = [row["accuracy"].get(name) for name in families]
   cells = [label, *("" if v is None else f"{100 * v:.2f}" for v in values)]
   if families:
-    present = [v for v in values if v is not None]
-    cells.append(f"{100 * sum(present) / len(present):.2f}" if present else "")
+    cells.append(f"{100 * row['average']:.2f} ± {100 * row['standard_error']:.2f}")
   distance = row.get("distance", {}).get("forward_kl", math.nan)
   cells += [f"{distance:.4f}", f"{row['skipped']:.3f}", f"{row['skipped_response']:.3f}"]
   return [*cells, f"{100 * row['expert_flops_left']:.0f} %", f"{row['seconds']:.1f}"]
 
 
-def table_cells(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def table_cells(
+  measured: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]
+) -> tuple[list[str], list[list[str]]]:
   """Header and rows of the summary table; accuracies in percent, KL(teacher || student) in nats per token."""
-  families = sorted({name for row in results.values() for name in row["accuracy"]})
+  families = sorted({name for row in measured.values() for name in row["accuracy"]})
   header = ["model", *families, *(["average"] if families else [])]
-  header += ["KL to teacher", "r_ZE all", "r_ZE response", "expert FLOPs", "seconds"]
-  return header, [_cells(_ROWS.get(name, name), row, families) for name, row in results.items()]
+  header += ["KL", "r_ZE all", "r_ZE resp.", "expert FLOPs", "seconds"]
+  return header, [_cells(labels.get(name, name), row, families) for name, row in measured.items()]
 
 
 def markdown(header: list[str], body: list[list[str]]) -> str:
@@ -104,11 +102,13 @@ def print_table(console: rich.console.Console, title: str, header: list[str], bo
   console.print(table)
 
 
-def write(console: rich.console.Console, workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-  """Prints the table, writes it to summary.md and says where everything is."""
-  header, body = table_cells(rows(workdir))
+def write(
+  console: rich.console.Console, workdir: pathlib.Path, labels: Mapping[str, str], title: str = "held-out prompts"
+) -> None:
+  """Prints the table of the labelled results, writes it to summary.md and says where everything is."""
+  header, body = table_cells(results(workdir, labels), labels)
   if body:
-    print_table(console, "held-out prompts", header, body)
+    print_table(console, title, header, body)
     with atomic_writer(workdir / "summary.md", overwrite=True) as out:
       out.write(markdown(header, body).encode())
   where = {"student": "the dynamic checkpoint", "summary.md": "this table", "sft": "metrics of SFT", "opd": "of OPD"}

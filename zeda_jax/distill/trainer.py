@@ -1,5 +1,6 @@
 """The training loop: resumable, stoppable, and blind to what a step does."""
 
+import concurrent.futures
 import signal
 import threading
 import time
@@ -151,6 +152,7 @@ def run_training(
             step,
           )
   finally:
+    log.close()
     writer.close()
     store.wait()  # also when interrupted: a checkpoint being written is finished
   return state
@@ -164,21 +166,25 @@ class _Log:
   ):
     self._store, self._writer, self._label, self._abort = store, writer, label, abort
     self._start, self._num_steps, self._every = start, num_steps, every
-    self._pending: tuple[int, Mapping[str, Any]] | None = None
+    self._pending: tuple[int, Mapping[str, Any], concurrent.futures.Future[tuple[dict[str, Any], float]]] | None = None
+    self._reader = concurrent.futures.ThreadPoolExecutor(1)  # sees when a step ends while the loop prepares the next
     self._row_step, self._row_time, self._tokens = start, time.perf_counter(), 0
     self._steady: tuple[int, float] | None = None  # after the first step, which compiles: for the time left
 
   def add(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Takes the metrics of the step just dispatched and handles those of the step before it."""
     self.flush()
-    self._pending = (step, metrics)
+    watched = {name: metrics[name] for name in (*CHECKED, TOKENS) if name in metrics}
+    self._pending = (step, metrics, self._reader.submit(lambda: (jax.device_get(watched), time.perf_counter())))
+
+  def close(self) -> None:
+    self._reader.shutdown()
 
   def flush(self) -> None:
     if self._pending is None:
       return
-    (step, metrics), self._pending = self._pending, None
-    scalars = jax.device_get({name: metrics[name] for name in (*CHECKED, TOKENS) if name in metrics})
-    now = time.perf_counter()  # the step is complete: its metrics are here
+    (step, metrics, watched), self._pending = self._pending, None
+    scalars, now = watched.result()
     if self._abort:
       for name in CHECKED:
         if name in scalars and not np.isfinite(scalars[name]):

@@ -54,7 +54,6 @@ class _Shared:
 
 class DecoderLayer(nnx.Module):
   def __init__(self, config: ModelConfig, is_moe: bool, rngs: nnx.Rngs):
-    self.is_moe = is_moe
     self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     self.attention = Attention(config, rngs)
     self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -67,7 +66,7 @@ class DecoderLayer(nnx.Module):
       out, cache = self.attention(self.input_norm(x), shared.rope, shared.mask, shared.positions, layer, cache)
       x = x + out
     normed = self.post_attention_norm(x)
-    if not self.is_moe:
+    if isinstance(self.mlp, DenseMLP):
       with jax.named_scope("mlp"):
         return x + self.mlp(normed), cache, None
     with jax.named_scope("moe"):
@@ -172,7 +171,7 @@ def _scan_layers(layers, start, length, x, cache, shared, remat):
   return x, cache, routed
 
 
-def segment_positions(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> Int[Array, "B T"]:
+def segment_positions(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, ...]) -> Int[Array, "B T"]:
   """Positions that restart at 0 where the segment id changes."""
   index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
   if segment_ids is None:

@@ -75,8 +75,10 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Float[np.ndarray, " D/
     return frequencies, 1.0
   assert rope.factor is not None and rope.original_max_position_embeddings is not None
 
+  context = rope.original_max_position_embeddings
+
   def corner(turns: float) -> float:
-    return dim * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+    return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
   low, high = corner(rope.beta_fast), corner(rope.beta_slow)
   if rope.truncate:

@@ -76,7 +76,9 @@ def generate_batch(
     token, logprob = sample(model.logits(out.hidden[rows, at]), step_keys(keys, d.step), sampling)
     zero = (out.picks[:, rows, at] >= config.num_experts).sum(axis=(0, 2)) / picks_per_token
     live = ~d.done
-    return d.replace(
+    assert out.cache is not None
+    return dataclasses.replace(
+      d,
       step=d.step + 1,
       token=token,
       done=d.done | _is_eos(token, eos_ids),

@@ -4,8 +4,6 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from zeda_jax.data.prompts import Prompts
 from zeda_jax.data.rollouts import finished_shards, make_record, shard_range, write_shard
 from zeda_jax.models.decoder import Decoder
@@ -81,7 +79,7 @@ def _answer(
       settings.top_p,
       seed,
       batch_size=settings.batch_size,
-      stream_ids=np.asarray(batch),
+      stream_ids=batch,
     )
     for index, prompt, sample in zip(batch, tokens, samples, strict=True):
       yield make_record(prompts[index], index, prompt, sample.tokens, sample.logprobs, finished=sample.finished)
