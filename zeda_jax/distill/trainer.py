@@ -165,7 +165,7 @@ class _Log:
     self, store: CheckpointStore, writer: MetricWriter, start: int, num_steps: int, every: int, abort: bool, label: str
   ):
     self._store, self._writer, self._label, self._abort = store, writer, label, abort
-    self._start, self._num_steps, self._every = start, num_steps, every
+    self._num_steps, self._every = num_steps, every
     self._pending: tuple[int, Mapping[str, Any], concurrent.futures.Future[tuple[dict[str, Any], float]]] | None = None
     self._reader = concurrent.futures.ThreadPoolExecutor(1)  # sees when a step ends while the loop prepares the next
     self._row_step, self._row_time, self._tokens = start, time.perf_counter(), 0
@@ -223,7 +223,7 @@ class _Log:
     found = "not finite" if value is None else str(value)
     return ZedaError(
       f"{name} became {found} in step {step} of {self._label}; {kept}: lower the learning rate or the "
-      "gradient clipping norm and run the same command again to go on from there."
+      f"gradient clipping norm and run the same command again{' to go on from it' if good else ''}."
     )
 
 
