@@ -61,9 +61,9 @@ class Job:
     """The static model, read once; students share its arrays until they are trained."""
     return reconfigured(load_hf(self.config.teacher, self.config.dtype or None), remat=self.config.remat)
 
-  def student(self) -> Decoder:
+  def student(self, settings: ml_collections.ConfigDict | None = None) -> Decoder:
     """The untrained student: the teacher with zero experts, or a static one with fewer picks (a baseline)."""
-    settings = self.config.student
+    settings = self.config.student if settings is None else settings
     student = self.teacher
     if settings.num_zero_experts != 0:
       student = inject(student, settings.num_zero_experts, self.config.seed)

@@ -1,0 +1,18 @@
+"""`zeda demo`: the embedded teacher, adapted, beside its baselines."""
+
+import argparse
+
+from zeda_jax.demo.run import run_demo
+from zeda_jax.distill.trainer import StoppedEarly
+
+
+def run(command: str, args: list[str]) -> int:
+  parser = argparse.ArgumentParser(prog=f"zeda {command}", description=__doc__)
+  parser.add_argument("--workdir", default="demo-output", help="everything is written below it (default: %(default)s)")
+  parser.add_argument("--seed", type=int, default=0)
+  flags = parser.parse_args(args)
+  try:
+    run_demo(flags.workdir, flags.seed)
+  except StoppedEarly as stopped:
+    print(stopped)
+  return 0

@@ -1,0 +1,149 @@
+"""`zeda demo`: the real recipe on the embedded teacher, and every baseline beside it in one table."""
+
+import json
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+import rich.console
+
+from zeda_jax.checkpoint.huggingface import load_hf
+from zeda_jax.data.jsonl import write_jsonl
+from zeda_jax.demo.families import mixed_tasks
+from zeda_jax.distill import summary
+from zeda_jax.distill.adapt import Job, adapt, measure, open_job, rollout_files
+from zeda_jax.distill.recipe import default_config
+from zeda_jax.distill.stages import Stage, run_opd, run_sft
+from zeda_jax.evaluate.baselines import dynamic_skipping, halved, matched_threshold, truncated
+from zeda_jax.models.decoder import Decoder
+
+TEACHER = pathlib.Path(__file__).parent / "teacher"
+
+LABELS = {
+  "teacher": "teacher",
+  "truncated": "static K/2, untrained",
+  "halved": "top K/2 of K, untrained",
+  "skipping": "dynamic skipping, untrained",
+  "injected": "injected, untrained",
+  "truncated-trained": "static K/2, SFT→OPD",
+  "sft": "zero experts, SFT",
+  "student": "zero experts, SFT→OPD",
+  "student-70": "zero experts, SFT→OPD, w for 70 %",
+  "router": "zero experts, router only",
+}
+
+
+def demo_config(workdir: str | pathlib.Path, seed: int = 0) -> ml_collections.ConfigDict:
+  """The recipe at the size of the embedded teacher: minutes on two CPU cores."""
+  config = default_config()
+  config.update(teacher=str(TEACHER), workdir=str(workdir), seed=seed, remat=False)
+  config.rollout.update(max_new_tokens=16, batch_size=512, shard_size=4096)
+  config.sft.update(
+    loss="forward_kl", weight=3.0, epochs=3, batch_size=16, row_length=128, save_every=200, log_every=10
+  )
+  config.sft.optimizer.update(learning_rate=1.5e-3, weight_decay=0.0)
+  config.opd.update(
+    loss="reverse_kl",
+    weight=3.0,
+    steps=60,
+    prompts_per_step=64,
+    samples_per_prompt=1,
+    max_new_tokens=16,
+    save_every=200,
+    log_every=10,
+  )
+  config.opd.optimizer.update(learning_rate=5e-4, schedule="cosine", weight_decay=0.0)
+  config.evaluate.update(num_prompts=4500, max_new_tokens=16, batch_size=512, models=tuple(LABELS))
+  return config
+
+
+def run_demo(
+  workdir: str | pathlib.Path,
+  seed: int = 0,
+  overrides: Mapping[str, Any] | None = None,
+  console: rich.console.Console | None = None,
+) -> pathlib.Path:
+  """Adapts the embedded teacher and its baselines; run again, it goes on where it was.
+
+  Args:
+    workdir: everything is written below it.
+    seed: of injection, sampling and data order.
+    overrides: dotted settings of `demo_config`.
+    console: where progress is shown.
+
+  Returns:
+    The workdir: main/ (the recipe's own output), half/, w70/, router/ (trained baselines), table.md.
+  """
+  console = console or rich.console.Console()
+  start = time.perf_counter()
+  workdir = pathlib.Path(workdir)
+  data = workdir / "data"
+  config = demo_config(workdir / "main", seed)
+  config.prompts, config.evaluate.prompts = str(data / "train.jsonl"), str(data / "held-out.jsonl")
+  config.update_from_flattened_dict(dict(overrides or {}))
+  _write_prompts(data, config.evaluate.num_prompts // 3)
+  job = open_job(config, console)
+  adapt(config, console)
+  _untrained_baselines(job)
+  _trained_baselines(job, workdir)
+  summary.write(console, job.workdir, LABELS, f"three task families, {len(job.held_out)} held-out prompts, greedy")
+  console.print(f"{time.perf_counter() - start:.0f} seconds in all", highlight=False)
+  return workdir
+
+
+def _write_prompts(data: pathlib.Path, held_out: int, train: int = 1500) -> None:
+  data.mkdir(parents=True, exist_ok=True)
+  for name, split, count in (("train", "train", train), ("held-out", "held_out", held_out)):
+    file = data / f"{name}.jsonl"
+    if not file.is_file():
+      write_jsonl(file, mixed_tasks(split, count))
+
+
+def _untrained_baselines(job: Job) -> None:
+  half = job.model.num_experts_per_tok // 2
+  measure(job, "truncated", lambda: truncated(job.teacher, half))
+  measure(job, "halved", lambda: halved(job.teacher, half))
+  measure(job, "skipping", lambda: _matched_skipping(job))
+
+
+def _matched_skipping(job: Job) -> Decoder:
+  """Dynamic skipping with beta chosen so that it skips as much of the response as the trained student does."""
+  results = summary.results(job.workdir, ["student"])
+  responses = json.loads((job.workdir / "evaluate" / "teacher-responses.json").read_text())
+  prompts = [job.render_held_out(int(i)) for i in job.held_out]
+  ratio = results["student"]["skipped_response"]
+  return dynamic_skipping(job.teacher, matched_threshold(job.teacher, prompts[:960], responses[:960], ratio))
+
+
+def _trained_baselines(job: Job, workdir: pathlib.Path) -> None:
+  half = {"student.num_zero_experts": 0, "student.num_experts_per_tok": job.model.num_experts_per_tok // 2}
+  more = {"sft.weight": 7.0, "opd.weight": 7.0}
+  router = {"sft.trainable": "router", "sft.optimizer.learning_rate": 3e-3, "opd.steps": 0}
+  for name, directory, changes in (
+    ("truncated-trained", "half", half),
+    ("student-70", "w70", more),
+    ("router", "router", router),
+  ):
+    measure(job, name, lambda d=workdir / directory, c=changes: _trained_variant(job, d, c))  # type: ignore[misc]
+
+
+def _trained_variant(job: Job, directory: pathlib.Path, changes: Mapping[str, Any]) -> Decoder:
+  """The recipe's training with other settings, on the same teacher and rollouts."""
+  config = job.config.copy_and_resolve_references()
+  config.update_from_flattened_dict(dict(changes))
+  student = job.student(config.student)
+
+  def stage(name: str) -> Stage:
+    return Stage(name, job.teacher, config[name], directory / name, config.seed, job.console)
+
+  student = run_sft(stage("sft"), student, rollout_files(job))
+  if config.opd.steps:
+    student = run_opd(stage("opd"), student, job.train.tolist(), job.render, job.longest)
+  return student
+
+
+def exported_student(workdir: str | pathlib.Path) -> Decoder:
+  """The demo's result, read back from its Hugging Face directory."""
+  return load_hf(pathlib.Path(workdir) / "main" / "student")
