@@ -8,6 +8,7 @@ Each conversion runs in a process of its own; its peak is what `/usr/bin/time -v
 import argparse
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -102,27 +103,28 @@ def main() -> None:
       f"largest shard {shard / 1e6:.0f} MB, layer {layer / 1e6:.0f} MB; layers split over shards: {split}"
     )
     print(f"{'':<42}{'seconds':>9}{'x cp':>7}{'peak RSS MB':>13}")
-    convert = [sys.executable, "-c", CONVERTER]
-    rows = (
-      ("cp -r static", ["cp", "-r", str(root / "static"), str(root / "copy")]),
-      ("cp -r static, then sync", ["sh", "-c", f"cp -r {root}/static {root}/copy && sync -f {root}/copy"]),
-      ("inject static -> dynamic", [*convert, "inject_directory", str(root / "static"), str(root / "copy")]),
-      (
-        "to plain, dynamic -> N + N_Z experts",
-        [*convert, "to_plain_directory", str(root / "dynamic"), str(root / "copy")],
-      ),
-    )
-    runs: dict[str, list[tuple[float, float]]] = {label: [] for label, _ in rows}
-    for _ in range(args.rounds):  # in turn, so that a slow minute of the machine does not hit one row alone
-      for label, command in rows:
-        runs[label].append(measure(command))
-        if label.startswith("inject") and not (root / "dynamic").exists():
-          (root / "copy").rename(root / "dynamic")
-        shutil.rmtree(root / "copy", ignore_errors=True)
-    baseline = min(seconds for seconds, _ in runs[rows[0][0]])
-    for label, measured in runs.items():
-      seconds, peak = min(run[0] for run in measured), max(run[1] for run in measured)
-      print(f"{label:<42}{seconds:>9.2f}{seconds / baseline:>7.2f}{peak:>13.0f}")
+    compare(root / "static", root / "dynamic", "inject_directory", args.rounds)
+    shutil.rmtree(root / "static")  # leaves the page cache to the other source
+    compare(root / "dynamic", root / "plain", "to_plain_directory", args.rounds)
+
+
+def compare(source: pathlib.Path, target: pathlib.Path, conversion: str, rounds: int) -> None:
+  """Prints the rows of one conversion; `target` stays."""
+  copy = ["cp", "-r", str(source), str(target)]
+  rows = {
+    f"cp -r {source.name}": copy,
+    f"cp -r {source.name}, synced to disk": ["sh", "-c", f"{shlex.join(copy)} && sync -f {shlex.quote(str(target))}"],
+    f"{conversion}, synced to disk": [sys.executable, "-c", CONVERTER, conversion, str(source), str(target)],
+  }
+  runs: dict[str, list[tuple[float, float]]] = {label: [] for label in rows}
+  for _ in range(rounds):  # in turn, so that a slow minute of the machine does not hit one row alone
+    for label, command in rows.items():
+      shutil.rmtree(target, ignore_errors=True)
+      runs[label].append(measure(command))
+  baseline = min(seconds for seconds, _ in next(iter(runs.values())))
+  for label, measured in runs.items():
+    seconds, peak = min(run[0] for run in measured), max(run[1] for run in measured)
+    print(f"{label:<42}{seconds:>9.2f}{seconds / baseline:>7.2f}{peak:>13.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,21 @@ def test_tensors_are_aligned_to_their_items(tmp_path):
     assert tensor.offset % safetensors_io.DTYPES[tensor.dtype].itemsize == 0
 
 
+@pytest.mark.parametrize("spaces", [0, 8, 1000, 3])
+def test_copied_bytes_keep_their_place_within_a_page_and_their_alignment(tmp_path, spaces):
+  header = b'{"a":{"dtype":"F32","shape":[50],"data_offsets":[0,200]}}'
+  header += b" " * (-len(header) % 8 + spaces)
+  (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(range(200)))
+  source = open_weights(tmp_path)["a"]
+  (tmp_path / "out").mkdir()
+  plan = [planned("first", np.ones(2, np.float32)), PlannedTensor.copied(source)]
+  write_weights(tmp_path / "out", plan)
+  found = open_weights(tmp_path / "out")
+  assert found["a"].offset % 4096 == source.offset // 8 * 8
+  np.testing.assert_array_equal(found["a"].read(), source.read())
+  np.testing.assert_array_equal(load_file(tmp_path / "out/model.safetensors")["first"], 1)
+
+
 def test_shards_fill_up_to_the_limit_and_the_index_adds_up(tmp_path):
   arrays = {f"t{i}": np.full(100, i, np.float32) for i in range(5)} | {"large": np.ones(1000, np.float32)}
   write(tmp_path, arrays, max_shard_bytes=800)

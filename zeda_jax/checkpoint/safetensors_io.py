@@ -4,6 +4,7 @@ Files are read with `pread`, never mapped, so that the resident set stays at the
 the size of the model.
 """
 
+import collections
 import dataclasses
 import errno
 import json
@@ -12,6 +13,7 @@ import os
 import pathlib
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import ml_dtypes
@@ -43,6 +45,7 @@ DTYPES: dict[str, np.dtype] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _COPY_CHUNK_BYTES = 8 << 20
+_PAGE_BYTES = 4096
 # What copy_file_range answers where a kernel or file system cannot do it; reading and writing still works there.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 
@@ -258,17 +261,28 @@ def write_weights(
   Holds one tensor at a time. Names must be unique. Files are synced to disk before this returns.
   """
   shards = split_shards(plan, max_shard_bytes)
+  names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
   if len(shards) == 1:
-    _write_file(directory / WEIGHTS_NAME, shards[0])
-    return
+    names = [WEIGHTS_NAME]
   weight_map = {}
-  for number, shard in enumerate(shards, start=1):
-    name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-    _write_file(directory / name, shard)
-    weight_map.update({tensor.spec.name: name for tensor in shard})
+  with futures.ThreadPoolExecutor(1) as background:
+    synced = []
+    for name, shard in zip(names, shards, strict=True):
+      _write_file(directory / name, shard)
+      synced.append(background.submit(_sync, directory / name))  # while the next shard is written
+      weight_map.update({tensor.spec.name: name for tensor in shard})
+    for future in synced:
+      future.result()
+  if len(shards) == 1:
+    return
   total = sum(tensor.spec.nbytes for tensor in plan)
   index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
   write_synced(directory / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def _sync(file: pathlib.Path) -> None:
+  with open(file, "rb+") as stream:
+    os.fsync(stream.fileno())
 
 
 def write_synced(file: pathlib.Path, text: str) -> None:
@@ -283,7 +297,7 @@ def _write_file(file: pathlib.Path, tensors: Sequence[PlannedTensor]) -> None:
   ordered = sorted(tensors, key=lambda tensor: -DTYPES[tensor.spec.dtype].itemsize)
   with open(file, "xb", buffering=0) as stream:
     _write_all(stream.fileno(), _header_bytes(ordered))
-    for tensor in ordered:
+    for tensor in _merged(ordered):
       if tensor.source is None:
         stream.seek(tensor.spec.nbytes, os.SEEK_CUR)
         continue
@@ -295,18 +309,42 @@ def _write_file(file: pathlib.Path, tensors: Sequence[PlannedTensor]) -> None:
         raise ValueError(f"{tensor.spec} was planned, but its source gave {array.dtype} {array.shape}")
       _write_all(stream.fileno(), np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     stream.truncate()  # up to here: the last tensor may be a hole
-    os.fsync(stream.fileno())
+
+
+def _merged(tensors: Sequence[PlannedTensor]) -> Iterator[PlannedTensor]:
+  """Joins tensors that lie one behind the other in a source file, so that they are copied in one go."""
+  run: StoredTensor | None = None
+  for tensor in tensors:
+    source = tensor.source
+    if run is not None:
+      if isinstance(source, StoredTensor) and (source.file, source.offset) == (run.file, run.offset + run.nbytes):
+        run = StoredTensor(run.name, "U8", (run.nbytes + source.nbytes,), run.file, run.offset)
+        continue
+      yield PlannedTensor.copied(run)
+      run = None
+    if isinstance(source, StoredTensor):
+      run = source
+    else:
+      yield tensor
+  if run is not None:
+    yield PlannedTensor.copied(run)
 
 
 def _header_bytes(tensors: Sequence[PlannedTensor]) -> bytes:
   header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
   begin = 0
-  for spec in (tensor.spec for tensor in tensors):
-    end = begin + spec.nbytes
+  copied: collections.Counter[int] = collections.Counter()  # bytes to copy, by the data start that would align them
+  for tensor in tensors:
+    spec, end = tensor.spec, begin + tensor.spec.nbytes
     header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [begin, end]}
+    if isinstance(tensor.source, StoredTensor):
+      copied[(tensor.source.offset - begin) % _PAGE_BYTES] += spec.nbytes
     begin = end
   text = json.dumps(header, separators=(",", ":")).encode()
-  text += b" " * (-len(text) % 8)
+  # Bytes that keep their place within a memory page are copied at about twice the speed, and the format lets headers
+  # end in any number of spaces. A source that breaks the format's own alignment is not followed.
+  data_start = copied.most_common(1)[0][0] if copied else 0
+  text += b" " * ((data_start // 8 * 8 - 8 - len(text)) % _PAGE_BYTES)
   return struct.pack("<Q", len(text)) + text
 
 

@@ -11,7 +11,7 @@ import rich.console
 
 from zeda_jax.checkpoint.huggingface import load_hf
 from zeda_jax.data.jsonl import write_jsonl
-from zeda_jax.demo.families import mixed_tasks
+from zeda_jax.demo.families import Split, mixed_tasks
 from zeda_jax.distill import summary
 from zeda_jax.distill.adapt import Job, adapt, measure, open_job, rollout_files
 from zeda_jax.distill.recipe import default_config
@@ -41,7 +41,7 @@ def demo_config(workdir: str | pathlib.Path, seed: int = 0) -> ml_collections.Co
   config.update(teacher=str(TEACHER), workdir=str(workdir), seed=seed, remat=False)
   config.rollout.update(max_new_tokens=16, batch_size=512, shard_size=4096)
   config.sft.update(
-    loss="forward_kl", weight=3.0, epochs=3, batch_size=16, row_length=128, save_every=200, log_every=10
+    loss="forward_kl", weight=3.0, epochs=3, batch_size=32, row_length=64, save_every=200, log_every=10
   )
   config.sft.optimizer.update(learning_rate=1.5e-3, weight_decay=0.0)
   config.opd.update(
@@ -95,7 +95,8 @@ def run_demo(
 
 def _write_prompts(data: pathlib.Path, held_out: int, train: int = 1500) -> None:
   data.mkdir(parents=True, exist_ok=True)
-  for name, split, count in (("train", "train", train), ("held-out", "held_out", held_out)):
+  splits: tuple[tuple[str, Split, int], ...] = (("train", "train", train), ("held-out", "held_out", held_out))
+  for name, split, count in splits:
     file = data / f"{name}.jsonl"
     if not file.is_file():
       write_jsonl(file, mixed_tasks(split, count))

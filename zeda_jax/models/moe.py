@@ -90,7 +90,8 @@ def run_experts(
     # Sorting by expert id puts the ids >= N last, past the rows that group_sizes covers.
     ids = jnp.minimum(picks, num_experts).reshape(-1)
     order = jnp.argsort(ids, stable=True)  # sorted row -> (token, slot)
-    inverse = jnp.argsort(order)  # (token, slot) -> sorted row
+    # inverse[order[i]] = i: (token, slot) -> sorted row; equals argsort(order).
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
     # group_sizes[e] = sum(ids == e)
     group_sizes = jnp.bincount(ids, length=num_experts + 1)[:num_experts].astype(jnp.int32)
     rows = _gather_tokens(x, order, inverse, top_k)

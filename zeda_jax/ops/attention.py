@@ -1,5 +1,6 @@
 """Causal attention over grouped query heads, with segment ids (packed rows) or a key/value cache."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -32,7 +33,8 @@ def attention(
   query = query.reshape(batch, length, groups, heads // groups, dim) * dim**-0.5
   logits = jnp.einsum("btmgd,bsmd->bmgts", query, key, preferred_element_type=jnp.float32)
   logits = jnp.where(mask[:, None, None], logits, _MASKED)
-  weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-  weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(value.dtype)
-  out = jnp.einsum("bmgts,bsmd->btmgd", weights, value, preferred_element_type=jnp.float32)
+  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+  out = jnp.einsum("bmgts,bsmd->btmgd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+  # Dividing the D outputs instead of the S weights saves a pass over the largest array.
+  out = out / jnp.einsum("bmgts->btmg", weights)[..., None]
   return out.reshape(batch, length, heads, dim).astype(value.dtype)
