@@ -65,4 +65,6 @@ def grouped_matmul(
   name = backend or "tiled"
   if name not in BACKENDS:
     raise ZedaError(f"grouped_matmul: backend is {name!r}; expected one of {', '.join(BACKENDS)}.")
+  if lhs.shape[0] == 0:  # no tile to take work from
+    return jnp.zeros((0, rhs.shape[2]), preferred_element_type or jnp.result_type(lhs, rhs))
   return BACKENDS[name](lhs, rhs, group_sizes, precision=precision, preferred_element_type=preferred_element_type)
