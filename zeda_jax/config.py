@@ -216,8 +216,11 @@ def _moe_layers(raw: Mapping[str, Any], num_layers: int, where: str) -> tuple[bo
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> RopeConfig:
-  # transformers 5 nests everything in rope_parameters; 4 has rope_theta beside an optional rope_scaling.
-  given = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+  # transformers 5 nests everything in rope_parameters; 4 has rope_theta beside an optional rope_scaling, which model
+  # cards tell users to add by hand: where both are there, rope_scaling is the one that was meant.
+  given = {**(raw.get("rope_parameters") or {}), **(raw.get("rope_scaling") or {})}
+  if raw.get("rope_scaling"):
+    given["rope_type"] = raw["rope_scaling"].get("rope_type", raw["rope_scaling"].get("type", "default"))
   kind = given.get("rope_type", given.get("type", "default"))
   theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
   if kind == "default":

@@ -84,7 +84,7 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Float[np.ndarray, " D/
   if rope.truncate:
     low, high = math.floor(low), math.ceil(high)
   low, high = max(low, 0), min(high, dim - 1)
-  ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / max(high - low, 1e-3), 0, 1)
+  ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / ((high - low) or 1e-3), 0, 1)
   blended = frequencies / rope.factor * ramp + frequencies * (1 - ramp)
   return blended.astype(np.float32), _yarn_attention_factor(rope)
 
