@@ -1,0 +1,130 @@
+"""The expert computation against the plain einsum that runs every expert on every token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tiny_models import tiny_config
+from zeda_jax.models.moe import MoELayer, run_experts
+from zeda_jax.ops.grouped_matmul import tiled
+
+TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 150, 3, 5, 8, 6
+
+
+def plain_experts(x, picks, weights, gate_up, down):
+  """The docstring of run_experts, word for word."""
+  one_hot = (picks[:, :, None] == jnp.arange(EXPERTS)).astype(x.dtype)
+  gate, up = jnp.split(jnp.einsum("th,nhf->tnf", x, gate_up), 2, axis=-1)
+  expert = jnp.einsum("tnf,nfh->tnh", jax.nn.silu(gate) * up, down)
+  return jnp.einsum("tnh,tkn,tk->th", expert, one_hot, weights)
+
+
+def with_gradients(function):
+  def run(x, picks, weights, gate_up, down, grad):
+    out, pullback = jax.vjp(lambda *floats: function(floats[0], picks, *floats[1:]), x, weights, gate_up, down)
+    return out, *pullback(grad)
+
+  return jax.jit(run)
+
+
+OURS, PLAIN = with_gradients(run_experts), with_gradients(plain_experts)
+
+
+def inputs(seed=0):
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: rng.standard_normal(shape, np.float32)
+  matrices = draw(EXPERTS, HIDDEN, 2 * INNER), draw(EXPERTS, INNER, HIDDEN)
+  return rng, draw(TOKENS, HIDDEN), np.abs(draw(TOKENS, TOP_K)), *matrices, draw(TOKENS, HIDDEN)
+
+
+def distinct_picks(rng, zero_share):
+  """[T, K] distinct normal experts per token; a pick is a zero expert (any id >= N) with the given probability."""
+  picks = np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(TOKENS)]).astype(np.int32)
+  is_zero = rng.random(picks.shape) < zero_share
+  return np.where(is_zero, EXPERTS + rng.integers(0, 9, picks.shape), picks).astype(np.int32), is_zero
+
+
+@pytest.mark.parametrize("zero_share", [0.0, 0.3, 0.5, 0.9, 1.0])
+def test_values_and_gradients_equal_the_plain_einsum(zero_share):
+  rng, x, weights, gate_up, down, grad = inputs()
+  picks, is_zero = distinct_picks(rng, zero_share)
+  arguments = x, picks, weights, gate_up, down, grad
+  found, expected = OURS(*arguments), PLAIN(*arguments)
+  for got, want in zip(found, expected, strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  nothing = is_zero.all(axis=1)
+  np.testing.assert_array_equal(found[0][nothing], 0)  # a token without experts: exactly 0, no gradient
+  np.testing.assert_array_equal(found[1][nothing], 0)
+  np.testing.assert_array_equal(np.asarray(found[2])[is_zero], 0)
+
+
+def test_all_tokens_on_one_expert_and_the_same_pick_twice():
+  _, x, weights, gate_up, down, grad = inputs(1)
+  for picks in (np.full((TOKENS, TOP_K), 2, np.int32), np.tile(np.int32([[4, 7, 4]]), (TOKENS, 1))):
+    arguments = x, picks, weights, gate_up, down, grad
+    for got, want in zip(OURS(*arguments), PLAIN(*arguments), strict=True):
+      np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-4)
+
+
+def test_a_token_with_nan_does_not_touch_the_others():
+  rng, x, weights, gate_up, down, grad = inputs(2)
+  picks, _ = distinct_picks(rng, 0.5)
+  picks[10] = EXPERTS  # like padding: it takes no expert
+  poisoned, bad_grad = x.copy(), grad.copy()
+  poisoned[10] = bad_grad[10] = np.nan
+  found = OURS(poisoned, picks, weights, gate_up, down, bad_grad)
+  expected = OURS(x, picks, weights, gate_up, down, grad)
+  others = np.arange(TOKENS) != 10
+  for i in range(3):
+    np.testing.assert_array_equal(found[i][others], expected[i][others])
+  for i in (3, 4):
+    np.testing.assert_array_equal(found[i], expected[i])
+
+
+def test_work_follows_the_picks_that_are_left(monkeypatch):
+  counts = []
+  real = tiled._tiles
+
+  def counting(*args):
+    tiles = real(*args)
+    jax.debug.callback(lambda count: counts.append(int(count)), tiles[0])
+    return tiles
+
+  monkeypatch.setattr(tiled, "_tiles", counting)
+  monkeypatch.setattr(tiled, "ROW_TILE", 8)
+  run = jax.jit(lambda *args: run_experts(*args))
+  rng, x, weights, gate_up, down, _ = inputs()
+  for zero_share in (0.0, 0.5, 0.9, 1.0):
+    picks, is_zero = distinct_picks(rng, zero_share)
+    counts.clear()
+    jax.block_until_ready(run(x, picks, weights, gate_up, down))
+    jax.effects_barrier()
+    per_expert = np.bincount(picks[~is_zero], minlength=EXPERTS)
+    assert counts == [sum(-(-per_expert // 8))] * 2
+
+
+def test_the_router_sees_every_token_and_padding_takes_no_expert():
+  import flax.nnx as nnx
+
+  layer = MoELayer(tiny_config(num_zero_experts=3), nnx.Rngs(0))
+  x = np.random.default_rng(0).standard_normal((7, 32)).astype(np.float32)
+  live = np.array([1, 1, 0, 1, 0, 0, 1], bool)
+  out, routing = layer(x, 0.0, live)
+  everything, same = layer(x, 0.0)
+  np.testing.assert_array_equal(routing.picks, same.picks)
+  np.testing.assert_array_equal(out[~live], 0)
+  np.testing.assert_allclose(out[live], everything[live], rtol=1e-5, atol=1e-6)
+  assert np.abs(everything).max(axis=1).min() >= 0
+  assert routing.scores.shape == (7, 9)
+  assert routing.scores.dtype == routing.weights.dtype == jnp.float32
+
+
+def test_the_router_works_in_fp32_on_bf16_activations():
+  import flax.nnx as nnx
+
+  router = MoELayer(tiny_config(), nnx.Rngs(0)).router
+  x = jnp.asarray(np.random.default_rng(0).standard_normal((7, 32)), jnp.bfloat16)
+  logits = np.asarray(x, np.float64) @ np.asarray(router.weight[...], np.float64).T
+  expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  np.testing.assert_allclose(router(x).scores, expected, rtol=1e-5)

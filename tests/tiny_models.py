@@ -1,0 +1,111 @@
+"""Tiny random models for the tests, of both libraries, and truths that share no code with the package."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zeda_jax.config import ModelConfig
+from zeda_jax.models.decoder import Decoder, DecoderOutput, abstract_decoder
+from zeda_jax.models.params import merge_model, split_model
+
+TINY = {
+  "vocab_size": 64,
+  "hidden_size": 32,
+  "intermediate_size": 48,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 16,
+  "num_experts": 6,
+  "num_experts_per_tok": 2,
+  "moe_intermediate_size": 24,
+  "max_position_embeddings": 128,
+  "norm_topk_prob": True,
+}
+
+CONFIG = ModelConfig(
+  model_type="qwen3_moe",
+  vocab_size=64,
+  hidden_size=32,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=16,
+  intermediate_size=48,
+  moe_intermediate_size=24,
+  num_experts=6,
+  num_experts_per_tok=2,
+  moe_layers=(True, True),
+  max_position_embeddings=128,
+)
+
+
+def tiny_config(**changes: Any) -> ModelConfig:
+  return dataclasses.replace(CONFIG, **changes)
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> Decoder:
+  """A decoder whose every parameter matters: matrices of a trained model's scale, biases and norms away from 0 and 1."""
+  graphdef, params = split_model(abstract_decoder(tiny_config(**changes)))
+  rng = np.random.default_rng(seed)
+
+  def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    noise = rng.standard_normal(leaf.shape, np.float32)
+    if path[-1].key == "scale":
+      return jnp.asarray(1 + np.float32(0.3) * noise)
+    return jnp.asarray(np.float32(0.5 if "router" in jax.tree_util.keystr(path) else 0.2) * noise)
+
+  return merge_model(graphdef, jax.tree_util.tree_map_with_path(draw, params))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graphdef, params, *inputs):
+  return merge_model(graphdef, params)(*inputs)
+
+
+def forward(
+  model: Decoder, tokens: Any, segment_ids: Any = None, positions: Any = None, zero_expert_bias: float = 0.0
+) -> DecoderOutput:
+  """model(...), jitted: models of one configuration share one compiled program."""
+  return _forward(*split_model(model), tokens, segment_ids, positions, zero_expert_bias)
+
+
+def hf_model(seed: int = 0, dtype: str = "float32", **changes: Any) -> Any:
+  """A stock transformers model in evaluation mode; biases and norm scales are perturbed, for they start at 0 and 1."""
+  import torch
+  from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+  torch.manual_seed(seed)
+  model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(TINY | changes)))
+  for name, parameter in model.named_parameters():
+    parameter.data.normal_(0, 0.3 if "norm" in name else 0.2)
+    if "norm" in name:
+      parameter.data.add_(1)
+  return model.to(getattr(torch, dtype)).eval()
+
+
+def hf_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+  import torch
+
+  with torch.no_grad():
+    return model(torch.tensor(np.asarray(tokens, np.int64))).logits.float().numpy()
+
+
+def to_old_dialect(path: pathlib.Path) -> None:
+  """Rewrites the config.json of transformers 5 as transformers 4 wrote it."""
+  raw = json.loads((path / "config.json").read_text())
+  rope = raw.pop("rope_parameters")
+  raw["rope_theta"] = rope.pop("rope_theta")
+  raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope | {"type": rope.pop("rope_type")}
+  raw["num_experts"] = raw.pop("num_local_experts")
+  raw["torch_dtype"] = raw.pop("dtype")
+  (path / "config.json").write_text(json.dumps(raw))
+
+
+def random_tokens(shape: tuple[int, ...], seed: int = 0, vocab_size: int = 64) -> np.ndarray:
+  return np.random.default_rng(seed).integers(0, vocab_size, shape).astype(np.int32)
