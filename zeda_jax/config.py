@@ -67,6 +67,7 @@ class ModelConfig:
   max_position_embeddings: int = 32768
   dtype: str = "float32"  # of the activations; parameters carry their own
   remat: bool = False  # recompute each layer in the backward pass instead of storing its activations
+  scan_unroll: int = 1  # layers per iteration of the scan; small models run faster unrolled
   # Training-free baselines, as routing options (see zero_experts.route):
   execute_top_k: int | None = None  # run only the best k of the K picks; weights stay normalised over all K
   skip_threshold: float = 0.0  # beta: drop picks whose probability is below beta x the best pick's, renormalise

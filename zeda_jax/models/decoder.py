@@ -148,14 +148,14 @@ class Decoder(nnx.Module):
     x = self.embed(tokens, jnp.dtype(self.config.dtype))
     routed = []
     for run, layers in zip(self.config.layer_runs, self.runs, strict=True):
-      x, cache, out = _scan_layers(layers, run.start, run.length, x, cache, shared, self.config.remat)
+      x, cache, out = _scan_layers(layers, run, x, cache, shared, self.config)
       if out is not None:
         routed.append(out)
     picks, weights, aux = (jnp.concatenate(parts) for parts in zip(*routed, strict=True))
     return HiddenOutput(self.final_norm(x), picks, weights, aux, cache)
 
 
-def _scan_layers(layers, start, length, x, cache, shared, remat):
+def _scan_layers(layers, run, x, cache, shared, config):
   """One scan over a run of stacked layers: compile time does not grow with depth."""
   graphdef, state = nnx.split(layers)
 
@@ -165,9 +165,10 @@ def _scan_layers(layers, start, length, x, cache, shared, remat):
     x, cache, routed = nnx.merge(graphdef, state)(x, layer, cache, shared)
     return (x, cache), routed
 
-  if remat:
+  if config.remat:
     body = jax.checkpoint(body)
-  (x, cache), routed = jax.lax.scan(body, (x, cache), (state, start + jnp.arange(length)))
+  inputs = (state, run.start + jnp.arange(run.length))
+  (x, cache), routed = jax.lax.scan(body, (x, cache), inputs, unroll=config.scan_unroll)
   return x, cache, routed
 
 
