@@ -4,7 +4,6 @@ import pathlib
 
 import numpy as np
 
-from zeda_jax import zero_experts
 from zeda_jax.checkpoint import directory, names
 from zeda_jax.checkpoint.safetensors_io import (
   MAX_SHARD_BYTES,
@@ -86,8 +85,11 @@ def _widened(tensor: StoredTensor, count: int, seed: int, layer: int) -> Planned
   """A router with the rows of `count` zero experts below its own."""
 
   def rows() -> np.ndarray:
+    # Imports JAX, which takes seconds that neither a refusal nor a plain export should wait for.
+    from zeda_jax.zero_experts import new_router_rows
+
     old = tensor.read()
-    return np.concatenate([old, zero_experts.new_router_rows(old, count, seed, layer)])
+    return np.concatenate([old, new_router_rows(old, count, seed, layer)])
 
   shape = (tensor.shape[0] + count, *tensor.shape[1:])
   return PlannedTensor(TensorSpec(tensor.name, tensor.dtype, shape), rows)
