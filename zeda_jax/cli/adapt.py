@@ -4,20 +4,25 @@ from zeda_jax.cli.config_flags import parse_config
 
 _HELP = """zeda {command}: {what}
 
-usage: zeda {command} --config=configs/tiny.py --config.teacher=DIR --config.prompts=FILE.jsonl --config.workdir=DIR
+usage: zeda {command} --config=configs/tiny.py --config.teacher=DIR --config.prompts=FILE.jsonl \\
+         --config.workdir=DIR [--config.NAME=VALUE ...]
 
   --config=FILE            settings: configs/tiny.py, configs/qwen3_30b_a3b.py or your own
   --config.teacher=DIR     Hugging Face directory of the static model
-  --config.prompts=FILE    JSONL, one object a line with `prompt` or `messages`, optional `label`
-  --config.workdir=DIR     everything is written below it; run the same command again to go on
+  --config.prompts=FILE    JSONL (one object a line with prompt or messages, optional label) or
+                           array_record
+  --config.workdir=DIR     everything is written below it: rollouts/, sft/, opd/, student/ (the
+                           result), evaluate/, summary.md; the same command again goes on
   --config.NAME=VALUE      any other setting, for example
-      --config.sft.weight=3                 target share of zero picks: w N_Z / (N + w N_Z)
-      --config.sft.trainable=router         all | router | router+norms   (opd.trainable likewise)
-      --config.sft.loss=forward_kl          cross_entropy | forward_kl
-      --config.opd.loss=reverse_kl          sampled | reverse_kl
-      --config.student.num_zero_experts=64  half the experts by default
+    --config.student.num_zero_experts=64  half the experts by default
+    --config.sft.weight=3                 share of zero picks: w N_Z / (N + w N_Z); opd.weight too
+    --config.sft.trainable=router         all | router | router+norms; opd.trainable likewise
+    --config.sft.loss=forward_kl          cross_entropy | forward_kl
+    --config.opd.loss=reverse_kl          sampled | reverse_kl
+    --config.evaluate.num_prompts=256     held out of the prompts, or --config.evaluate.prompts=FILE
+    --config.export.plain=True            also write student-plain/, for engines without zero experts
 
-The zeda_jax/distill/recipe.py lists every setting with its default.
+zeda_jax/distill/recipe.py lists every setting with its default. SIGTERM and Ctrl-C save and exit 0.
 """
 
 
@@ -35,5 +40,5 @@ def run(command: str, args: list[str]) -> int:
   try:
     adapt(config, until="evaluate" if command == "adapt" else command)
   except StoppedEarly as stopped:
-    print(stopped)
+    print(f"zeda {command}: {stopped}")
   return 0

@@ -2,8 +2,6 @@
 
 import argparse
 
-from zeda_jax.checkpoint.transform import inject_directory
-
 
 def run(command: str, args: list[str]) -> int:
   parser = argparse.ArgumentParser(prog=f"zeda {command}", description=__doc__)
@@ -13,6 +11,8 @@ def run(command: str, args: list[str]) -> int:
   parser.add_argument("--seed", type=int, default=0, help="of the new router rows")
   parser.add_argument("--overwrite", action="store_true", help="replace the target once the new one is complete")
   flags = parser.parse_args(args)
+  from zeda_jax.checkpoint.transform import inject_directory  # late: `--help` should not wait for JAX
+
   inject_directory(flags.source, flags.target, flags.num_zero_experts, flags.seed, flags.overwrite)
   print(f"written: {flags.target}")
   return 0

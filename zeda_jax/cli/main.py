@@ -1,14 +1,15 @@
 """`zeda COMMAND`: dispatch, help that fits a screen, and errors as one sentence."""
 
 import importlib
+import os
 import sys
 
 from zeda_jax.errors import ZedaError
 
 # command -> (module, what it does)
 COMMANDS = {
-  "demo": ("demo", "adapt the embedded tiny teacher and print the table of baselines (minutes on a laptop)"),
-  "adapt": ("adapt", "inject, rollout, SFT, OPD, export, evaluate: a checkpoint in, its half-skipping twin out"),
+  "demo": ("demo", "adapt the embedded tiny teacher, beside its baselines (minutes on a laptop)"),
+  "adapt": ("adapt", "inject, rollout, SFT, OPD, export, evaluate: half of the expert work gone"),
   "rollout": ("adapt", "adapt, up to the teacher's rollouts"),
   "sft": ("adapt", "adapt, up to supervised distillation"),
   "opd": ("adapt", "adapt, up to on-policy distillation"),
@@ -23,7 +24,8 @@ usage: zeda COMMAND [options]        zeda COMMAND --help
 
 {commands}
 
-The adapt family takes --config=configs/tiny.py (or another file) and --config.name=value for any setting.
+adapt, rollout, sft, opd and export are one recipe, stopped at different points: give them the same
+--config=FILE and --config.name=value. What is finished is not done again.
 """
 
 
@@ -48,7 +50,15 @@ def main(argv: list[str] | None = None) -> int:
     print(f"zeda {args[0]}: {error}", file=sys.stderr)
     return 2
   except BrokenPipeError:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nobody reads; the interpreter flushes it at exit
     return 0
+  except KeyboardInterrupt:
+    print(f"zeda {args[0]}: interrupted; run the same command again to go on from what is saved.", file=sys.stderr)
+    return 130
+  except OSError as error:
+    place = f"{error.filename}: " if error.filename else ""
+    print(f"zeda {args[0]}: {place}{error.strerror or error}.", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

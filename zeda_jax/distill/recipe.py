@@ -1,22 +1,66 @@
 """The recipe's settings: every value of `zeda adapt`, with the paper's defaults, as one locked ConfigDict."""
 
+import contextlib
 import json
+import math
 import pathlib
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from ml_collections import config_dict
 
 from zeda_jax.data.jsonl import atomic_writer
-from zeda_jax.distill.optimizer import OptimizerConfig
 from zeda_jax.errors import ZedaError
 
-# Settings that change neither the parameters nor the rollouts: a run may go on with other values.
-_FREE = ("workdir", "export", "evaluate", "rollout.batch_size", "log_every", "save_every", "keep")
+if TYPE_CHECKING:
+  from zeda_jax.distill.optimizer import OptimizerConfig
+
+# Settings that change neither the parameters nor the rollouts: a run may go on with other values. Of the teacher and
+# the prompts the content is binding, not the path.
+_FREE = ("teacher", "prompts", "workdir", "export", "evaluate", "rollout.batch_size", "log_every", "save_every", "keep")
+_FREE_IN_EVALUATION = ("prompts", "batch_size", "models")
+# What a run that met NaN is told to lower; it may change until its stage is finished.
+_MENDABLE = ("optimizer.learning_rate", "optimizer.clip_norm")
+
+_INFINITY = math.inf
+# setting -> (least, most)
+_OPTIMIZER_RANGES = {
+  **dict.fromkeys(("learning_rate", "weight_decay", "clip_norm", "eps"), (0, _INFINITY)),
+  **dict.fromkeys(("warmup_fraction", "b1", "b2"), (0, 1)),
+}
+_STAGE_RANGES = {
+  **dict.fromkeys(("accumulate", "save_every", "log_every", "keep"), (1, _INFINITY)),
+  "coefficient": (0, _INFINITY),
+  "optimizer": _OPTIMIZER_RANGES,
+}
+_SAMPLING_RANGES = {"max_new_tokens": (1, _INFINITY), "temperature": (0, _INFINITY)}
+_FILTER_RANGES = {"top_k": (0, _INFINITY), "top_p": (0, 1)}
+_RANGES: dict[str, Any] = {
+  "seed": (0, 2**32 - 1),
+  "rollout": {
+    **_SAMPLING_RANGES,
+    **_FILTER_RANGES,
+    **dict.fromkeys(("batch_size", "shard_size"), (1, _INFINITY)),
+  },
+  "sft": {**_STAGE_RANGES, "epochs": (0, _INFINITY), "batch_size": (1, _INFINITY), "row_length": (2, _INFINITY)},
+  "opd": {
+    **_STAGE_RANGES,
+    **_SAMPLING_RANGES,
+    **dict.fromkeys(("clip_low", "clip_high", "steps"), (0, _INFINITY)),
+    **dict.fromkeys(("prompts_per_step", "samples_per_prompt"), (1, _INFINITY)),
+  },
+  "evaluate": {**_SAMPLING_RANGES, **_FILTER_RANGES, "num_prompts": (0, _INFINITY), "batch_size": (1, _INFINITY)},
+}
+_ABOVE_ZERO = ("sft.weight", "opd.weight", "rollout.top_p", "evaluate.top_p")
 
 
 def default_config() -> ml_collections.ConfigDict:
-  """The paper's settings for Qwen3-30B-A3B, both stages; configs/*.py start from here."""
+  """Every setting with its default, the paper's for Qwen3-30B-A3B; configs/*.py start from here.
+
+  The dictionary is locked: unknown names are errors. `teacher`, `prompts` and `workdir` must be filled in before
+  `zeda_jax.adapt(config)`.
+  """
   stage = {
     "trainable": "all",  # all | router | router+norms
     "balance": "group",  # group (L_GA) | expert (L_A, ablation) | none
@@ -76,6 +120,8 @@ def default_config() -> ml_collections.ConfigDict:
         "grader": "exact",  # exact | number; used where records have a label
         "max_new_tokens": 32768,
         "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
         "batch_size": 64,
         "models": ("teacher", "injected", "sft", "student"),  # rows of the summary
       },
@@ -83,29 +129,34 @@ def default_config() -> ml_collections.ConfigDict:
   ).lock()
 
 
-def optimizer_config(section: ml_collections.ConfigDict) -> OptimizerConfig:
+def optimizer_config(section: ml_collections.ConfigDict) -> "OptimizerConfig":
   """The hashable settings that a jitted step is made for."""
+  from zeda_jax.distill.optimizer import OptimizerConfig  # late: reading a configuration should not wait for JAX
+
   return OptimizerConfig(**section.optimizer.to_dict())
 
 
 def check_config(config: ml_collections.ConfigDict) -> None:
-  """Checks the paths and numbers that need no model.
+  """Checks all settings that need no file.
 
   Raises:
-    ZedaError: names the setting.
+    ZedaError: names the setting, what it is and what was expected.
   """
+  known, given = dict(_leaves(default_config().to_dict())), dict(_leaves(config.to_dict()))
+  for name in (*(known.keys() - given.keys()), *(given.keys() - known.keys())):
+    what = "is missing" if name in known else "is no setting"
+    raise ZedaError(f"config.{name} {what}: start the configuration from zeda_jax.default_config().")
   for name in ("teacher", "prompts", "workdir"):
-    if not config[name]:
+    if not given[name]:
       raise ZedaError(f"config.{name} is empty; give it as --config.{name}=PATH.")
-  positive = {
-    "rollout": ("max_new_tokens", "batch_size", "shard_size"),
-    "sft": ("batch_size", "row_length", "accumulate", "save_every", "log_every"),
-    "opd": ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "accumulate", "save_every", "log_every"),
-  }
-  for section, names in positive.items():
-    for name in names:
-      if config[section][name] < 1:
-        raise ZedaError(f"config.{section}.{name} is {config[section][name]}; expected at least 1.")
+  ranges = dict(_leaves(_RANGES))
+  for name, value in given.items():
+    if isinstance(value, int | float):
+      _check_number(name, value, *ranges.get(name, (-_INFINITY, _INFINITY)))
+  for name, choices in _choices().items():
+    if given[name] not in choices:
+      raise ZedaError(f"config.{name} is {given[name]!r}; expected one of {', '.join(map(repr, choices))}.")
+  _check_student(config.student)
   for section, rows in (
     ("sft", config.sft.batch_size),
     ("opd", config.opd.prompts_per_step * config.opd.samples_per_prompt),
@@ -116,38 +167,149 @@ def check_config(config: ml_collections.ConfigDict) -> None:
       )
 
 
-def claim_workdir(config: ml_collections.ConfigDict) -> pathlib.Path:
+def _check_number(name: str, value: float, least: float, most: float) -> None:
+  if not math.isfinite(value):
+    raise ZedaError(f"config.{name} is {value}; expected a finite number.")
+  if name in _ABOVE_ZERO and value <= 0:
+    raise ZedaError(f"config.{name} is {value}; expected more than 0.")
+  if not least <= value <= most:
+    expected = f"at least {least}" if value < least else f"at most {most}"
+    raise ZedaError(f"config.{name} is {value}; expected {expected}.")
+
+
+def _choices() -> dict[str, tuple[str, ...]]:
+  from zeda_jax.distill.objectives import BALANCES
+  from zeda_jax.distill.optimizer import SCHEDULES
+  from zeda_jax.evaluate.graders import GRADERS
+  from zeda_jax.models.params import TRAINABLE
+
+  choices: dict[str, tuple[str, ...]] = {
+    "dtype": ("", "float32", "bfloat16", "float16"),
+    "sft.loss": ("cross_entropy", "forward_kl"),
+    "opd.loss": ("sampled", "reverse_kl"),
+    "evaluate.grader": tuple(GRADERS),
+  }
+  for stage in ("sft", "opd"):
+    choices |= {f"{stage}.trainable": tuple(TRAINABLE), f"{stage}.balance": BALANCES}
+    choices[f"{stage}.optimizer.schedule"] = SCHEDULES
+  return choices
+
+
+def _check_student(settings: ml_collections.ConfigDict) -> None:
+  zero, picks = settings.num_zero_experts, settings.num_experts_per_tok
+  if zero is not None and (zero < 0 or (zero == 0 and picks is None)):
+    raise ZedaError(
+      f"config.student.num_zero_experts is {zero}; expected at least 1 (0 only for a static student, which "
+      "config.student.num_experts_per_tok makes smaller than its teacher)."
+    )
+  if picks is not None and picks < 1:
+    raise ZedaError(f"config.student.num_experts_per_tok is {picks}; expected at least 1.")
+
+
+def claim_workdir(config: ml_collections.ConfigDict, contents: Mapping[str, str]) -> pathlib.Path:
   """Makes the workdir, or checks that it was begun with the same settings, so that finished stages can be reused.
 
+  Args:
+    config: the recipe.
+    contents: fingerprints of the "teacher", the "prompts" to learn from and those "held out".
+
   Raises:
-    ZedaError: it holds other files, or a run with another value of a setting that matters.
+    ZedaError: it holds other files, cannot be written, or belongs to a run with another value of a setting that
+      matters.
   """
   workdir = pathlib.Path(config.workdir)
-  file = workdir / "recipe.json"
-  settings = _binding(config.to_dict())
-  if file.is_file():
-    before = json.loads(file.read_text())
-    for name in sorted(before.keys() | settings.keys()):
-      if before.get(name) != settings.get(name):
-        raise ZedaError(
-          f"{workdir} was begun with config.{name}={before.get(name)!r}, now it is {settings.get(name)!r}: use another "
-          "--config.workdir, or the old value to go on."
-        )
-    return workdir
-  if workdir.is_dir() and any(workdir.iterdir()):
-    raise ZedaError(f"{workdir} is not empty and holds no run of this command: give a new directory as config.workdir.")
-  workdir.mkdir(parents=True, exist_ok=True)
-  with atomic_writer(file) as out:
-    out.write(json.dumps(settings, indent=2).encode())
+  file, measured = workdir / "recipe.json", workdir / "evaluate" / "settings.json"
+  settings = _binding(config.to_dict()) | {f"content of {name}": contents[name] for name in ("teacher", "prompts")}
+  try:
+    if file.is_file():
+      before = _read_settings(file)
+      mended = {name for name in settings if _is_mendable(workdir, name) and before.get(name) != settings[name]}
+      _check_same(workdir, before, settings, mended)
+      if measured.is_file():
+        _check_same(workdir / "evaluate", _read_settings(measured), evaluation_settings(config, contents), set())
+      if not mended:
+        return workdir
+    elif workdir.exists():
+      _check_empty(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(file, settings)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      workdir.rmdir()  # only if it is empty
+    raise ZedaError(
+      f"config.workdir: {workdir} cannot be written ({error.strerror or error}): give a directory that can."
+    ) from error
   return workdir
 
 
-def _binding(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Settings by dotted name, without those a run may change."""
-  flat: dict[str, Any] = {}
-  for name, value in tree.items():
-    path = prefix + name
-    if path in _FREE or name in _FREE:
+def evaluation_settings(config: ml_collections.ConfigDict, contents: Mapping[str, str]) -> dict[str, Any]:
+  """What decides the rows of the table, beside the models."""
+  settings = {k: v for k, v in config.evaluate.to_dict().items() if k not in _FREE_IN_EVALUATION}
+  named = {f"evaluate.{k}": v for k, v in settings.items()}
+  return named | {"content of held-out prompts": contents["held-out prompts"]}
+
+
+def write_json(file: pathlib.Path, value: Any) -> None:
+  """Writes JSON complete or not at all, over what was there."""
+  file.parent.mkdir(parents=True, exist_ok=True)
+  with atomic_writer(file, overwrite=True) as out:
+    out.write(json.dumps(value, indent=2).encode())
+
+
+def _check_empty(workdir: pathlib.Path) -> None:
+  if not workdir.is_dir():
+    raise ZedaError(f"config.workdir: {workdir} is a file; expected a directory that is new or empty.")
+  # A run killed at its very start leaves the unfinished file alone.
+  if any(entry.name != ".recipe.json.partial" for entry in workdir.iterdir()):
+    raise ZedaError(f"{workdir} is not empty and holds no run of this command: give a new directory as config.workdir.")
+
+
+def _read_settings(file: pathlib.Path) -> dict[str, Any]:
+  try:
+    value = json.loads(file.read_text())
+  except ValueError as error:
+    raise ZedaError(f"{file} is not valid JSON ({error}): restore it, or use another --config.workdir.") from error
+  return value if isinstance(value, dict) else {}
+
+
+def _is_mendable(workdir: pathlib.Path, name: str) -> bool:
+  stage, _, setting = name.partition(".")
+  return setting in _MENDABLE and not (workdir / stage / "finished.json").is_file()
+
+
+def _check_same(where: pathlib.Path, before: Mapping[str, Any], now: Mapping[str, Any], free: set[str]) -> None:
+  now = json.loads(json.dumps(now))  # tuples become lists, as they did in the file
+  for name in sorted((before.keys() | now.keys()) - free):
+    if before.get(name) == now.get(name):
       continue
-    flat |= _binding(value, path + ".") if isinstance(value, dict) else {path: value}
-  return flat
+    if name.startswith("content of "):
+      what = name.removeprefix("content of ")
+      advice = "files, --config.evaluate.prompts and --config.evaluate.num_prompts" if "prompts" in what else "files"
+      raise ZedaError(
+        f"{where} was begun with another content of the {what} than now: use another --config.workdir, or the old "
+        f"{advice} to go on."
+      )
+    old = f"config.{name}={before.get(name)!r}"
+    if where.name == "evaluate":
+      raise ZedaError(f"{where} was measured with {old}, now it is {now.get(name)!r}: rename it to measure again.")
+    raise ZedaError(
+      f"{where} was begun with {old}, now it is {now.get(name)!r}: use another --config.workdir, or the old value to "
+      "go on."
+    )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      yield from _leaves(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name, value
+
+
+def _binding(tree: dict[str, Any]) -> dict[str, Any]:
+  """Settings by dotted name, without those a run may change."""
+  return {
+    name: value
+    for name, value in _leaves(tree)
+    if name not in _FREE and name.split(".")[0] not in _FREE and name.split(".")[-1] not in _FREE
+  }

@@ -1,6 +1,7 @@
 """The two training stages: each takes a student and gives it back trained, resuming from its own checkpoints."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,9 +18,10 @@ from zeda_jax.data.rollouts import RolloutSource
 from zeda_jax.distill.metrics import MetricWriter
 from zeda_jax.distill.objectives import Objective
 from zeda_jax.distill.optimizer import make_optimizer
-from zeda_jax.distill.recipe import optimizer_config
+from zeda_jax.distill.recipe import optimizer_config, write_json
 from zeda_jax.distill.step import Reference, TrainState, init_state, make_train_step
 from zeda_jax.distill.trainer import Batches, run_training
+from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import Decoder
 from zeda_jax.models.params import combine, merge_model, split_model, trainable_partition
 from zeda_jax.rollout.generate import generate
@@ -50,6 +52,8 @@ class Stage:
 
     Arrays that the student shares with the teacher and that are not trained exist once.
     """
+    if self._finished_steps() == num_steps:
+      return self.restored(student)
     settings = self.settings
     graphdef, params = split_model(student)
     teacher_graphdef, teacher_params = split_model(self.teacher)
@@ -82,7 +86,31 @@ class Stage:
       )
     finally:
       store.close()
+    write_json(self._finished_file, {"steps": num_steps})
     return student_of(state)
+
+  @property
+  def _finished_file(self) -> pathlib.Path:
+    return self.directory / "finished.json"
+
+  def _finished_steps(self) -> int | None:
+    file = self._finished_file
+    return json.loads(file.read_text()).get("steps") if file.is_file() else None
+
+  def restored(self, student: Decoder) -> Decoder:
+    """`student` with the parameters of the newest checkpoint.
+
+    Raises:
+      ZedaError: there is none, or it is of another model.
+    """
+    if not (self.directory / "checkpoints").is_dir():
+      raise ZedaError(f"{self.directory / 'checkpoints'} is gone: restore it, or start again in a new workdir.")
+    graphdef, params = split_model(student)
+    trained, frozen = trainable_partition(params, self.settings.trainable)
+    transform = make_optimizer(optimizer_config(self.settings), 1)  # the number of steps changes no shape
+    with CheckpointStore(self.directory / "checkpoints", keep=self.settings.keep) as store:
+      state = store.restore(init_state(trained, transform, self.seed)).state
+    return merge_model(graphdef, combine(frozen, state.params))
 
 
 def run_sft(stage: Stage, student: Decoder, rollouts: Sequence[pathlib.Path]) -> Decoder:
@@ -109,7 +137,7 @@ def run_opd(
   """
   settings = stage.settings
   length = -(-(longest + settings.max_new_tokens) // _ROW_MULTIPLE) * _ROW_MULTIPLE
-  batches = prompt_batches(len(indices), min(settings.prompts_per_step, len(indices)), stage.seed)
+  batches = prompt_batches(len(indices), settings.prompts_per_step, stage.seed)
 
   def sample(model: Decoder, raw: np.ndarray, step: int) -> dict[str, np.ndarray]:
     prompts = [render(int(indices[i])) for i in raw for _ in range(settings.samples_per_prompt)]

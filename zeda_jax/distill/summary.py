@@ -4,10 +4,12 @@ import contextlib
 import json
 import math
 import pathlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
+import rich.box
 import rich.console
 import rich.progress
 import rich.table
@@ -44,19 +46,18 @@ def describe(
 
 @contextlib.contextmanager
 def progress(console: rich.console.Console, label: str) -> Iterator[Callable[[int, int], None]]:
-  """A progress bar on a terminal, a few plain lines elsewhere; yields (done, total) -> None."""
+  """A progress bar on a terminal, at most a line every ten seconds elsewhere; yields (done, total) -> None."""
   if console.is_terminal:
     with rich.progress.Progress(console=console) as bar:
       task = bar.add_task(label, total=None)
       yield lambda done, total: bar.update(task, completed=done, total=total)
     return
-  printed = -1
+  printed = time.monotonic()
 
   def show(done: int, total: int) -> None:
     nonlocal printed
-    tenth = 10 * done // max(total, 1)
-    if tenth > printed:
-      printed = tenth
+    if done == total or time.monotonic() - printed > 10:
+      printed = time.monotonic()
       console.print(f"{label} {done}/{total}", highlight=False)
 
   yield show
@@ -94,11 +95,15 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
 
 
 def print_table(console: rich.console.Console, title: str, header: list[str], body: list[list[str]]) -> None:
-  table = rich.table.Table(title=title)
+  table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
   for i, name in enumerate(header):
-    table.add_column(name, justify="left" if i == 0 else "right")
+    # Two short lines of header leave room on a terminal; only the names may wrap.
+    heading = name.replace(" ", "\n") if i else name
+    table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
   for row in body:
     table.add_row(*row)
+  if not console.is_terminal:
+    console = rich.console.Console(file=console.file, width=200)  # a file or a pipe has no width to fit
   console.print(table)
 
 

@@ -33,7 +33,7 @@ class Batches(Protocol):
 class StoppedEarly(Exception):
   """Training was asked to stop and has saved; the command line prints the message (where, how to go on) and exits 0."""
 
-  def __init__(self, message: str, step: int):
+  def __init__(self, message: str, step: int = 0):
     super().__init__(message)
     self.step = step
 
@@ -43,6 +43,7 @@ class StopSignal:
 
   In a multi-process run both are left alone: jax.distributed catches SIGTERM and makes all processes agree on the
   step to stop at (`CheckpointStore.reached_preemption`). Outside the main thread nothing is changed either.
+  Contexts nest: a request reaches the outer ones too, for the inner one may be about to end anyway.
   """
 
   def __init__(self) -> None:
@@ -52,6 +53,7 @@ class StopSignal:
   def __enter__(self) -> Self:
     if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
       self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
+      self.requested = any(outer.requested for outer in map(self._outer, self._previous) if outer)
     return self
 
   def __exit__(self, *exc: object) -> None:
@@ -61,7 +63,13 @@ class StopSignal:
   def _request(self, number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT and self.requested:
       raise KeyboardInterrupt
+    if outer := self._outer(number):
+      outer.requested = True
     self.requested = True
+
+  def _outer(self, number: int) -> "StopSignal | None":
+    handler = getattr(self._previous.get(number), "__self__", None)
+    return handler if isinstance(handler, StopSignal) else None
 
 
 def run_training(

@@ -59,6 +59,7 @@ def evaluate(
   zero_expert_bias: float = 0.0,
   grader: str = "exact",
   teacher_top_k: int | None = None,
+  progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Result, list[Sample]]:
   """Generates a response to each prompt and grades those whose record has a label.
 
@@ -84,6 +85,7 @@ def evaluate(
     batch_size=batch_size,
     zero_expert_bias=zero_expert_bias,
     width=max(len(p) for p in prompts),
+    progress=progress,
   )
   seconds = time.perf_counter() - start
   right: dict[str, list[bool]] = {}

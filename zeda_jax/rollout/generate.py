@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +133,7 @@ def generate(
   batch_size: int = 64,
   stream_ids: Sequence[int] | None = None,
   width: int = 0,
+  progress: Callable[[int, int], None] | None = None,
 ) -> list[Sample]:
   """Samples one response per prompt.
 
@@ -149,9 +150,11 @@ def generate(
     batch_size: sequences decoded together.
     stream_ids: number of each prompt's rng stream; None numbers them 0, 1, ...
     width: prompts are padded at least to this many tokens; one width for all calls compiles once.
+    progress: called with (prompts answered, prompts in all) after each batch; what it raises ends the generation.
 
   Raises:
-    ZedaError: a prompt is empty or does not leave room for max_new_tokens in the model's context.
+    ZedaError: a prompt is empty, holds a token outside the vocabulary, or does not leave room for max_new_tokens in the
+      model's context.
   """
   sampling = Sampling(temperature, top_k, top_p)
   _check(model, prompts, max_new_tokens)
@@ -190,6 +193,8 @@ def generate(
         zero_ratio_all=float(ratios_all[row]),
         finished=bool(ids_row) and ids_row[-1] in eos_ids,
       )
+    if progress is not None:
+      progress(len(samples), len(prompts))
   return [samples[i] for i in range(len(prompts))]
 
 
@@ -197,9 +202,17 @@ def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
   if max_new_tokens < 1:
     raise ZedaError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
   context = model.config.max_position_embeddings
+  vocab_size = model.config.vocab_size
   for i, prompt in enumerate(prompts):
     if len(prompt) == 0:
       raise ZedaError(f"Prompt {i} has no tokens; expected at least one.")
+    # JAX would clamp such an id to another token without a word.
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+      token = min(prompt) if min(prompt) < 0 else max(prompt)
+      raise ZedaError(
+        f"Prompt {i} holds the token {token}, which is outside the model's vocabulary of {vocab_size}: was it made with "
+        "the tokenizer of another model?"
+      )
     if len(prompt) + max_new_tokens > context:
       raise ZedaError(
         f"Prompt {i} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} it exceeds the model's context of "

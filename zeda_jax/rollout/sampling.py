@@ -1,6 +1,7 @@
 """Choosing the next token: temperature, top-k, top-p, with one rng stream per sequence."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ class Sampling:
   top_p: float = 1.0
 
   def __post_init__(self) -> None:
-    if self.temperature < 0:
+    if not 0 <= self.temperature < math.inf:  # NaN is neither
       raise ZedaError(f"temperature is {self.temperature}; expected 0 (greedy) or more.")
     if self.top_k < 0:
       raise ZedaError(f"top_k is {self.top_k}; expected 0 (off) or more.")

@@ -43,7 +43,7 @@ def sample_rollouts(
     directory: of the shards.
     settings: the recipe's `rollout` section.
     seed: of the sampling.
-    progress: called after each batch.
+    progress: called between batches; may raise to stop, which drops the unfinished shard.
   """
   shards = num_shards(len(indices), settings.shard_size)
   done = set(finished_shards(directory, shards))
@@ -56,6 +56,7 @@ def sample_rollouts(
     records = _answer(model, prompts, mine, render, settings, seed, lambda n: progress(answered + n, len(indices)))  # noqa: B023
     write_shard(directory, shard, shards, records)
     answered += len(mine)
+    progress(answered, len(indices))
 
 
 def _answer(
@@ -68,6 +69,8 @@ def _answer(
   progress: Callable[[int], None],
 ) -> Iterator[dict[str, Any]]:
   for first in range(0, len(indices), settings.batch_size):
+    if first:  # the last batch is reported once its shard is on disk
+      progress(first)
     batch = indices[first : first + settings.batch_size]
     tokens = [render(i) for i in batch]
     samples = generate(
@@ -83,4 +86,3 @@ def _answer(
     )
     for index, prompt, sample in zip(batch, tokens, samples, strict=True):
       yield make_record(prompts[index], index, prompt, sample.tokens, sample.logprobs, finished=sample.finished)
-    progress(first + len(batch))
