@@ -50,7 +50,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> Decoder:
-  """A decoder whose every parameter matters: matrices of a trained model's scale, biases and norms away from 0 and 1."""
+  """A decoder whose every parameter matters: matrices as large as trained ones, biases and norms away from 0 and 1."""
   graphdef, params = split_model(abstract_decoder(tiny_config(**changes)))
   rng = np.random.default_rng(seed)
 
