@@ -1,0 +1,114 @@
+"""The sampling distribution against an independent numpy that removes one token after another."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zeda_jax.errors import ZedaError
+from zeda_jax.rollout.sampling import Sampling, filter_logits, sample
+
+
+def plain_distribution(logits, temperature, top_k, top_p):
+  """Probabilities of one row's tokens, in float64."""
+  scaled = np.asarray(logits, np.float64) / temperature
+  order = list(np.argsort(-scaled, kind="stable"))
+  if top_k:
+    order = order[:top_k]
+  probabilities = np.exp(scaled[order] - scaled[order].max())
+  probabilities /= probabilities.sum()
+  kept, mass = 0, 0.0
+  while kept < len(order) and (kept == 0 or mass < top_p):
+    mass += probabilities[kept]
+    kept += 1
+  out = np.zeros(len(scaled))
+  out[order[:kept]] = probabilities[:kept] / probabilities[:kept].sum()
+  return out
+
+
+SETTINGS = [
+  (1.0, 0, 1.0),
+  (0.6, 0, 1.0),
+  (2.0, 3, 1.0),
+  (1.0, 0, 0.7),
+  (0.6, 5, 0.95),
+  (1.0, 1, 1.0),
+  (1.0, 0, 1e-6),
+  (1.0, 99, 1.0),
+]
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_the_distribution_equals_numpy(setting):
+  logits = 2 * np.random.default_rng(0).standard_normal((6, 12)).astype(np.float32)
+  found = jax.nn.softmax(filter_logits(jnp.asarray(logits), Sampling(*setting)), axis=-1)
+  expected = np.stack([plain_distribution(row, *setting) for row in logits])
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+  np.testing.assert_array_equal(np.asarray(found) > 0, expected > 0)
+
+
+filters = {
+  top: jax.jit(lambda logits, top=top: filter_logits(logits, Sampling(1.0, *top))) for top in ((0, 0.5), (4, 0.9))
+}
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(
+  rows=st.lists(st.lists(st.integers(-40, 40), min_size=7, max_size=7, unique=True), min_size=3, max_size=3),
+  top=st.sampled_from(list(FILTERS)),
+)
+def test_any_logits(rows, top):
+  logits = np.array(rows, np.float32) / 4
+  kept = np.isfinite(FILTERS[top](logits))
+  for row, keep in zip(logits, kept, strict=True):
+    expected = plain_distribution(row, 1.0, *top) > 0
+    np.testing.assert_array_equal(keep, expected)
+
+
+def test_samples_follow_the_distribution():
+  setting = Sampling(0.8, 5, 0.9)
+  logits = np.random.default_rng(0).standard_normal(8).astype(np.float32)
+  keys = jax.random.split(jax.random.key(0), 20000)
+  tokens, logprobs = jax.jit(lambda keys: sample(jnp.tile(logits, (20000, 1)), keys, setting))(keys)
+  frequency = np.bincount(tokens, minlength=8) / 20000
+  np.testing.assert_allclose(frequency, plain_distribution(logits, 0.8, 5, 0.9), atol=0.015)
+  # Log-probabilities are the model's own: temperature 1, nothing cut off.
+  expected = np.log(plain_distribution(logits, 1.0, 0, 1.0))[np.asarray(tokens)]
+  np.testing.assert_allclose(logprobs, expected, atol=1e-5)
+
+
+def test_greedy_takes_the_best_and_the_first_among_equals():
+  logits = jnp.array([[0.0, 3.0, 1.0], [2.0, 2.0, 2.0]])
+  tokens, logprobs = sample(logits, jax.random.split(jax.random.key(0), 2), Sampling(0.0))
+  np.testing.assert_array_equal(tokens, [1, 0])
+  assert tokens.dtype == jnp.int32
+  np.testing.assert_allclose(logprobs, [jax.nn.log_softmax(logits[0])[1], -np.log(3)], rtol=1e-6)
+
+
+def test_a_row_draws_from_its_own_key():
+  keys = jax.random.split(jax.random.key(3), 5)
+  logits = jnp.zeros((5, 50))
+  tokens, _ = sample(logits, keys, Sampling())
+  alone, _ = sample(logits[2:3], keys[2:3], Sampling())
+  assert alone[0] == tokens[2]
+  assert len(set(tokens.tolist())) > 1
+
+
+@pytest.mark.parametrize(
+  ("setting", "words"),
+  [
+    ({"temperature": -0.1}, "temperature is -0.1; expected 0"),
+    ({"temperature": float("nan")}, "temperature is nan; expected 0"),
+    ({"temperature": float("inf")}, "temperature is inf; expected 0"),
+    ({"top_k": -1}, "top_k is -1; expected 0"),
+    ({"top_p": 0.0}, "top_p is 0.0; expected more than 0 and at most 1"),
+    ({"top_p": 1.5}, "top_p is 1.5; expected more than 0"),
+    ({"top_p": float("nan")}, "top_p is nan; expected more than 0"),
+  ],
+  ids=str,
+)
+def test_bad_settings(setting, words):
+  with pytest.raises(ZedaError, match=words):
+    Sampling(**setting)
