@@ -49,9 +49,11 @@ def test_the_distribution_equals_numpy(setting):
   np.testing.assert_array_equal(np.asarray(found) > 0, expected > 0)
 
 
-filters = {
-  top: jax.jit(lambda logits, top=top: filter_logits(logits, Sampling(1.0, *top))) for top in ((0, 0.5), (4, 0.9))
-}
+def compiled(*top):
+  return jax.jit(lambda logits: filter_logits(logits, Sampling(1.0, *top)))
+
+
+FILTERS = {top: compiled(*top) for top in ((0, 0.5), (4, 0.9))}
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)

@@ -210,8 +210,8 @@ def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
     if min(prompt) < 0 or max(prompt) >= vocab_size:
       token = min(prompt) if min(prompt) < 0 else max(prompt)
       raise ZedaError(
-        f"Prompt {i} holds the token {token}, which is outside the model's vocabulary of {vocab_size}: use the tokenizer "
-        "of this model."
+        f"Prompt {i} holds the token {token}, which is outside the model's vocabulary of {vocab_size}: use the "
+        "tokenizer of this model."
       )
     if len(prompt) + max_new_tokens > context:
       raise ZedaError(
