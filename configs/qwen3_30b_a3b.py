@@ -1,8 +1,8 @@
 """Qwen3-30B-A3B as in the paper (arXiv 2605.18643, sections 3 and 4): 128 experts, 8 picks, 64 zero experts.
 
-The paper's prompts: 60k, of which 17k math, 15k code and 28k chat. Its losses need no change here; `sft.loss=forward_kl`
-and `opd.loss=reverse_kl` are the exact, full-vocabulary forms. On GPUs or TPUs only: the parameters, their gradients and
-the fp32 moments and master weights of the optimizer take about 18 bytes per parameter.
+The paper's prompts: 60k, of which 17k math, 15k code and 28k chat. `sft.loss=forward_kl` and `opd.loss=reverse_kl` are
+the exact, full-vocabulary forms of its losses. For GPUs or TPUs: parameters, gradients and the optimizer's fp32 moments
+and master weights take about 16 bytes per parameter, the teacher another 2.
 """
 
 from zeda_jax.distill.recipe import default_config

@@ -14,15 +14,15 @@ usage: zeda {command} --config=configs/tiny.py --config.teacher=DIR --config.pro
   --config.workdir=DIR     everything is written below it: rollouts/, sft/, opd/, student/ (the
                            result), evaluate/, summary.md; the same command again goes on
   --config.NAME=VALUE      any other setting, for example
-    --config.student.num_zero_experts=64  half the experts by default
-    --config.sft.weight=3                 share of zero picks: w N_Z / (N + w N_Z); opd.weight too
-    --config.sft.trainable=router         all | router | router+norms; opd.trainable likewise
-    --config.sft.loss=forward_kl          cross_entropy | forward_kl
-    --config.opd.loss=reverse_kl          sampled | reverse_kl
-    --config.evaluate.num_prompts=256     held out of the prompts, or --config.evaluate.prompts=FILE
-    --config.export.plain=True            also write student-plain/, for engines without zero experts
+    --config.student.num_zero_experts=64 half the experts by default
+    --config.sft.weight=3                share of zero picks, w N_Z / (N + w N_Z); opd.weight too
+    --config.sft.trainable=router        all | router | router+norms; opd.trainable likewise
+    --config.sft.loss=forward_kl         cross_entropy | forward_kl
+    --config.opd.loss=reverse_kl         sampled | reverse_kl
+    --config.evaluate.num_prompts=256    held out of the prompts, or --config.evaluate.prompts=FILE
+    --config.export.plain=True           also write student-plain/ for engines that know no zero experts
 
-zeda_jax/distill/recipe.py lists every setting with its default. SIGTERM and Ctrl-C save and exit 0.
+zeda_jax/distill/recipe.py lists every setting. SIGTERM and Ctrl-C save and exit 0.
 """
 
 

@@ -60,6 +60,7 @@ def _parse(args: Sequence[str]) -> tuple[Any, list[str]]:
   """(the configuration, arguments that are no flags)."""
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values)
+  sys.modules.pop("config_config", None)  # what ml_collections calls the file; it would keep names of the one before
   # ml_collections looks for the overrides in sys.argv.
   before, sys.argv = sys.argv, ["zeda", *args]
   try:
@@ -70,11 +71,13 @@ def _parse(args: Sequence[str]) -> tuple[Any, list[str]]:
 
 
 def _first_sentence(error: Exception) -> str:
-  text = error.args[0] if len(error.args) == 1 else str(error)  # str() of a KeyError is quoted
-  text = " ".join(str(text).split())
+  content: Any = error
+  while isinstance(content, Exception) and len(content.args) == 1:
+    content = content.args[0]  # str() of a KeyError is quoted, and ml_collections wraps one in another
+  text = " ".join(str(content).split())
   near = text.find("Did you mean")
   text = text.split(". ")[0] + (f"; {text[near:]}" if near > 0 else "")
-  return text.strip("'\". ")
+  return text.rstrip(". ")
 
 
 def _names(tree: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]:

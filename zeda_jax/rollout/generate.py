@@ -159,7 +159,7 @@ def generate(
   sampling = Sampling(temperature, top_k, top_p)
   _check(model, prompts, max_new_tokens)
   eos = model.config.eos_token_ids if eos_id is None else eos_id
-  eos_ids = (eos,) if isinstance(eos, int) else tuple(eos)
+  eos_ids = tuple(int(token) for token in np.atleast_1d(eos))
   graphdef, state = nnx.split(model)
   base = jax.random.key(seed)
   streams = np.arange(len(prompts)) if stream_ids is None else np.asarray(stream_ids)
