@@ -129,7 +129,7 @@ def measure(job: Job, name: str, model: Callable[[], Decoder]) -> None:
   if file.is_file() or name not in settings.models or not len(job.held_out):
     return
   job.check_stop(f"before the evaluation of {name}")
-  prompts = [job.render_held_out(int(i)) for i in job.held_out]
+  prompts = job.held_out_tokens
   records = [job.held_out_prompts[int(i)] for i in job.held_out]
   student = model()
   with summary.progress(job.console, f"evaluate {name}") as show:
@@ -159,7 +159,7 @@ def measure(job: Job, name: str, model: Callable[[], Decoder]) -> None:
     write_json(teacher_file, responses)
   elif teacher_file.is_file():
     responses = json.loads(teacher_file.read_text())
-  distance = teacher_distance(student, job.teacher, prompts, responses)
+  distance = teacher_distance(student, job.teacher, prompts, responses) if settings.distance else {}
   averages = {"average": result.average, "standard_error": result.standard_error}
   row = dataclasses.asdict(result) | averages | {"distance": distance}
   write_json(file, {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()})

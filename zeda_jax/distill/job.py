@@ -50,9 +50,10 @@ class Job:
   def render(self, index: int) -> list[int]:
     return chat.render_prompt(self.tokenizer, self.prompts[index], self.prompts.location(index))
 
-  def render_held_out(self, index: int) -> list[int]:
+  @functools.cached_property
+  def held_out_tokens(self) -> list[list[int]]:
     prompts = self.held_out_prompts
-    return chat.render_prompt(self.tokenizer, prompts[index], prompts.location(index))
+    return [chat.render_prompt(self.tokenizer, prompts[int(i)], prompts.location(int(i))) for i in self.held_out]
 
   def decode(self, tokens: Sequence[int]) -> str:
     return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -60,7 +61,7 @@ class Job:
   def load(self, path: str | pathlib.Path) -> Decoder:
     """A model of this recipe, from its Hugging Face directory."""
     model = load_hf(path, self.config.dtype or None)
-    return reconfigured(model, remat=self.config.remat, eos_token_ids=self.eos_ids)
+    return reconfigured(model, remat=self.config.remat, scan_unroll=self.config.scan_unroll, eos_token_ids=self.eos_ids)
 
   @functools.cached_property
   def teacher(self) -> Decoder:

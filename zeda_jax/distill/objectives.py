@@ -13,15 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import AuxLoss, Decoder, HiddenOutput
 from zeda_jax.ops.token_losses import TokenLosses, sampled_token_loss, token_losses
-from zeda_jax.zero_experts import expert_balance_loss, group_balance_loss, zero_expert_ratio
+from zeda_jax.zero_experts import Routing, expert_balance_loss, group_balance_loss, zero_expert_ratio
 
 LOSSES = ("cross_entropy", "forward_kl", "sampled", "reverse_kl")
 BALANCES = ("group", "expert", "none")
+BALANCE_TOKENS = ("all", "response")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Objective:
 
   loss: str = "forward_kl"
   balance: str = "group"
+  balance_tokens: str = "all"  # "response": only the passes that predict response tokens are balanced
   clip_low: float = 0.2
   clip_high: float = 0.2
   chunk_size: int | None = None  # vocabulary columns per chunk; None lets token_losses choose
@@ -38,6 +40,8 @@ class Objective:
   def __post_init__(self) -> None:
     if self.loss not in LOSSES:
       raise ZedaError(f"loss is {self.loss!r}; expected one of {', '.join(LOSSES)}.")
+    if self.balance_tokens not in BALANCE_TOKENS:
+      raise ZedaError(f"balance_tokens is {self.balance_tokens!r}; expected one of {', '.join(BALANCE_TOKENS)}.")
     if self.balance not in BALANCES:
       raise ZedaError(f"balance is {self.balance!r}; expected one of {', '.join(BALANCES)}.")
 
@@ -46,15 +50,25 @@ class Objective:
     return self.loss != "cross_entropy" or self.teacher_metrics
 
 
-def aux_loss(objective: Objective, config: Any, balance: Mapping[str, Array]) -> AuxLoss | None:
-  """The balance loss of one layer, for `Decoder.hidden`; None for static students and balance="none"."""
+def aux_loss(
+  objective: Objective, config: Any, balance: Mapping[str, Array], response: Bool[Array, " T"]
+) -> AuxLoss | None:
+  """The balance loss of one layer, for `Decoder.hidden`; None for static students and balance="none".
+
+  `response` tells the passes that predict response tokens; with balance_tokens="all" every real token counts.
+  """
   if objective.balance == "none" or not config.is_dynamic:
     return None
-  if objective.balance == "expert":
-    return lambda routing, live: expert_balance_loss(routing.scores, routing.picks, balance["coefficient"], live)
-  return lambda routing, live: group_balance_loss(
-    routing.scores, routing.picks, config.num_experts, balance["weight"], balance["coefficient"], live
-  )
+
+  def loss(routing: Routing, live: Bool[Array, " T"]) -> Float[Array, ""]:
+    mask = live if objective.balance_tokens == "all" else response
+    if objective.balance == "expert":
+      return expert_balance_loss(routing.scores, routing.picks, balance["coefficient"], mask)
+    return group_balance_loss(
+      routing.scores, routing.picks, config.num_experts, balance["weight"], balance["coefficient"], mask
+    )
+
+  return loss
 
 
 def token_loss(
@@ -92,9 +106,9 @@ def batch_loss(
     parts: of how many equal parts of the batch this is one; the losses of all parts add up to the batch's.
   """
   forward = (batch["tokens"], batch["segment_ids"], batch["positions"])
-  out = student.hidden(*forward, aux_loss=aux_loss(objective, student.config, balance))
   flat = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
   mask = flat(batch["loss_mask"]) > 0
+  out = student.hidden(*forward, aux_loss=aux_loss(objective, student.config, balance, mask))
   teacher_inputs: tuple[Any, ...] = ()
   if objective.needs_teacher:
     masked = teacher.hidden(*forward, zero_expert_bias=-jnp.inf)

@@ -64,6 +64,7 @@ def default_config() -> ml_collections.ConfigDict:
   stage = {
     "trainable": "all",  # all | router | router+norms
     "balance": "group",  # group (L_GA) | expert (L_A, ablation) | none
+    "balance_tokens": "all",  # all (the paper) | response: short answers after long prompts want their own balance
     "weight": 2.0,  # w: target zero-expert ratio = w N_Z / (N + w N_Z)
     "coefficient": 0.1,  # alpha of the balance loss
     "accumulate": 1,  # parts a batch is run in, one after the other
@@ -80,6 +81,7 @@ def default_config() -> ml_collections.ConfigDict:
       "seed": 0,
       "dtype": "",  # of parameters and activations; empty keeps the checkpoint's
       "remat": True,  # recompute layers in the backward pass
+      "scan_unroll": 1,  # layers per iteration of the layer scan; small models run faster unrolled
       "student": {
         "num_zero_experts": config_dict.placeholder(int),  # N_Z; None means N // 2, 0 a static student
         "num_experts_per_tok": config_dict.placeholder(int),  # K; None keeps the teacher's
@@ -123,6 +125,7 @@ def default_config() -> ml_collections.ConfigDict:
         "top_k": 0,
         "top_p": 1.0,
         "batch_size": 64,
+        "distance": True,  # also measure KL divergences to the teacher
         "models": ("teacher", "injected", "sft", "student"),  # rows of the summary
       },
     }
@@ -178,7 +181,7 @@ def _check_number(name: str, value: float, least: float, most: float) -> None:
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
-  from zeda_jax.distill.objectives import BALANCES
+  from zeda_jax.distill.objectives import BALANCE_TOKENS, BALANCES
   from zeda_jax.distill.optimizer import SCHEDULES
   from zeda_jax.evaluate.graders import GRADERS
   from zeda_jax.models.params import TRAINABLE
@@ -190,7 +193,11 @@ def _choices() -> dict[str, tuple[str, ...]]:
     "evaluate.grader": tuple(GRADERS),
   }
   for stage in ("sft", "opd"):
-    choices |= {f"{stage}.trainable": tuple(TRAINABLE), f"{stage}.balance": BALANCES}
+    choices |= {
+      f"{stage}.trainable": tuple(TRAINABLE),
+      f"{stage}.balance": BALANCES,
+      f"{stage}.balance_tokens": BALANCE_TOKENS,
+    }
     choices[f"{stage}.optimizer.schedule"] = SCHEDULES
   return choices
 

@@ -119,7 +119,7 @@ def run_sft(stage: Stage, student: Decoder, rollouts: Sequence[pathlib.Path]) ->
   source = RolloutSource(list(rollouts))
   source.lengths(student.config.vocab_size)
   batches = sft_batches(source, settings.batch_size, settings.row_length, stage.seed, settings.epochs)
-  objective = Objective(settings.loss, settings.balance)
+  objective = Objective(settings.loss, settings.balance, settings.balance_tokens)
   return stage.train(student, objective, batches, batches.num_batches)
 
 
@@ -147,7 +147,7 @@ def run_opd(
     )
     return on_policy_batch(prompts, [s.tokens for s in samples], [s.logprobs for s in samples], length)
 
-  objective = Objective(settings.loss, settings.balance, settings.clip_low, settings.clip_high)
+  objective = Objective(settings.loss, settings.balance, settings.balance_tokens, settings.clip_low, settings.clip_high)
   return stage.train(student, objective, batches, settings.steps, sample)
 
 

@@ -69,13 +69,15 @@ def results(workdir: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, 
   return {name: json.loads(file.read_text()) for name, file in found.items() if file.is_file()}
 
 
-def _cells(label: str, row: Mapping[str, Any], families: list[str]) -> list[str]:
+def _cells(label: str, row: Mapping[str, Any], families: list[str], distances: bool) -> list[str]:
   values = [row["accuracy"].get(name) for name in families]
   cells = [label, *("" if v is None else f"{100 * v:.2f}" for v in values)]
   if families:
     cells.append(f"{100 * row['average']:.2f} ± {100 * row['standard_error']:.2f}")
-  distance = row.get("distance", {}).get("forward_kl", math.nan)
-  cells += [f"{distance:.4f}", f"{row['skipped']:.3f}", f"{row['skipped_response']:.3f}"]
+  if distances:
+    distance = row["distance"].get("forward_kl", math.nan)
+    cells.append(f"{distance:.4f}")
+  cells += [f"{row['skipped']:.3f}", f"{row['skipped_response']:.3f}"]
   return [*cells, f"{100 * row['expert_flops_left']:.0f} %", f"{row['seconds']:.1f}"]
 
 
@@ -85,8 +87,9 @@ def table_cells(
   """Header and rows of the summary table; accuracies in percent, KL(teacher || student) in nats per token."""
   families = sorted({name for row in measured.values() for name in row["accuracy"]})
   header = ["model", *families, *(["average"] if families else [])]
-  header += ["KL", "r_ZE all", "r_ZE resp.", "expert FLOPs", "seconds"]
-  return header, [_cells(labels.get(name, name), row, families) for name, row in measured.items()]
+  distances = any(row["distance"] for row in measured.values())
+  header += ["KL"] * distances + ["r_ZE all", "r_ZE resp.", "expert FLOPs", "seconds"]
+  return header, [_cells(labels.get(name, name), row, families, distances) for name, row in measured.items()]
 
 
 def markdown(header: list[str], body: list[list[str]]) -> str:
