@@ -11,6 +11,7 @@ import rich.console
 
 from zeda_jax.checkpoint.huggingface import load_hf
 from zeda_jax.data.jsonl import write_jsonl
+from zeda_jax.demo import picture
 from zeda_jax.demo.families import Split, mixed_tasks
 from zeda_jax.distill import summary
 from zeda_jax.distill.adapt import Job, adapt, measure, open_job, rollout_files
@@ -89,6 +90,8 @@ def run_demo(
   _untrained_baselines(job)
   _trained_baselines(job, workdir)
   summary.write(console, job.workdir, LABELS, f"three task families, {len(job.held_out)} held-out prompts, greedy")
+  picture.draw(summary.results(job.workdir, LABELS), LABELS, job.workdir / "summary.png")
+  console.print(f"this table as a picture: {job.workdir / 'summary.png'}", highlight=False, soft_wrap=True)
   console.print(f"{time.perf_counter() - start:.0f} seconds in all", highlight=False)
   return workdir
 
