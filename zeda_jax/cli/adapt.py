@@ -20,7 +20,7 @@ usage: zeda {command} --config=configs/tiny.py --config.teacher=DIR --config.pro
     --config.sft.loss=forward_kl         cross_entropy | forward_kl
     --config.opd.loss=reverse_kl         sampled | reverse_kl
     --config.evaluate.num_prompts=256    held out of the prompts, or --config.evaluate.prompts=FILE
-    --config.export.plain=True           also write student-plain/ for engines that know no zero experts
+    --config.export.plain=True           also student-plain/, for engines without zero experts
 
 zeda_jax/distill/recipe.py lists every setting. SIGTERM and Ctrl-C save and exit 0.
 """

@@ -227,6 +227,7 @@ def claim_workdir(config: ml_collections.ConfigDict, contents: Mapping[str, str]
   workdir = pathlib.Path(config.workdir)
   file, measured = workdir / "recipe.json", workdir / "evaluate" / "settings.json"
   settings = _binding(config.to_dict()) | {f"content of {name}": contents[name] for name in ("teacher", "prompts")}
+  existed = workdir.exists()
   try:
     if file.is_file():
       before = _read_settings(file)
@@ -240,9 +241,12 @@ def claim_workdir(config: ml_collections.ConfigDict, contents: Mapping[str, str]
       _check_empty(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)
-  except OSError as error:
-    with contextlib.suppress(OSError):
-      workdir.rmdir()  # only if it is empty
+  except (OSError, ZedaError) as error:
+    if not existed:
+      with contextlib.suppress(OSError):
+        workdir.rmdir()
+    if isinstance(error, ZedaError):
+      raise
     raise ZedaError(
       f"config.workdir: {workdir} cannot be written ({error.strerror or error}): give a directory that can."
     ) from error

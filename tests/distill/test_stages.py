@@ -1,0 +1,114 @@
+"""The training stages: on-policy batches, and a finished stage that is only read back."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import rich.console
+
+from tests.tiny_models import tiny_model
+from zeda_jax.data.rollouts import make_record, write_shard
+from zeda_jax.distill.recipe import default_config
+from zeda_jax.distill.stages import Stage, on_policy_batch, run_opd, run_sft
+from zeda_jax.errors import ZedaError
+from zeda_jax.models.decoder import inject
+from zeda_jax.models.params import split_model
+
+
+@pytest.fixture(scope="module")
+def teacher():
+  return tiny_model(moe_layers=(True,))
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory):
+  rng = np.random.default_rng(0)
+  draw = lambda low, high: rng.integers(0, 64, rng.integers(low, high)).tolist()
+  records = (make_record({"prompt": "x"}, i, draw(2, 6), draw(1, 9)) for i in range(24))
+  return [write_shard(tmp_path_factory.mktemp("rollouts"), 0, 1, records)]
+
+
+def stage(teacher, directory, name="sft"):
+  settings = default_config()[name]
+  settings.save_every = 2
+  if name == "sft":
+    settings.update(loss="forward_kl", epochs=1, batch_size=4, row_length=16)
+    settings.optimizer.learning_rate = 1e-3
+  else:
+    settings.update(loss="reverse_kl", steps=2, prompts_per_step=3, samples_per_prompt=2, max_new_tokens=5)
+  return Stage(name, teacher, settings, directory, 0, rich.console.Console(quiet=True))
+
+
+def assert_same_parameters(one, two):
+  jax.tree.map(np.testing.assert_array_equal, split_model(one)[1], split_model(two)[1])
+
+
+def test_on_policy_batch():
+  prompts, responses = [[7, 8, 9], [4]], [[1, 2], [5, 6, 3]]
+  logprobs = [[-0.1, -0.2], [-0.3, -0.4, -0.5]]
+  batch = on_policy_batch(prompts, responses, logprobs, 8)
+  np.testing.assert_array_equal(batch["tokens"], [[7, 8, 9, 1, 2, 0, 0, 0], [4, 5, 6, 3, 0, 0, 0, 0]])
+  np.testing.assert_array_equal(batch["targets"], [[8, 9, 1, 2, 0, 0, 0, 0], [5, 6, 3, 0, 0, 0, 0, 0]])
+  np.testing.assert_array_equal(batch["segment_ids"], [[1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]])
+  np.testing.assert_array_equal(batch["loss_mask"], [[0, 0, 1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]])
+  # each log-prob stands where its token is the target
+  expected = np.float32([[0, 0, -0.1, -0.2, 0, 0, 0, 0], [-0.3, -0.4, -0.5, 0, 0, 0, 0, 0]])
+  np.testing.assert_array_equal(batch["old_logprobs"], expected)
+
+
+def test_a_finished_stage_is_only_read_back(teacher, rollouts, tmp_path, monkeypatch):
+  student = inject(teacher)
+  trained = run_sft(stage(teacher, tmp_path), student, rollouts)
+  before, after = (split_model(model)[1]["embed"]["embedding"] for model in (student, trained))
+  assert not np.array_equal(before, after)
+  steps = json.loads((tmp_path / "finished.json").read_text())["steps"]
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir())[-1] == str(steps)
+
+  monkeypatch.setattr("zeda_jax.distill.stages.run_training", lambda **options: pytest.fail("trained again"))
+  assert_same_parameters(run_sft(stage(teacher, tmp_path), inject(teacher), rollouts), trained)
+  assert_same_parameters(stage(teacher, tmp_path).restored(inject(teacher)), trained)
+
+
+def test_checkpoints_that_are_gone_are_told(teacher, tmp_path):
+  with pytest.raises(ZedaError, match=r"checkpoints is gone"):
+    stage(teacher, tmp_path).restored(inject(teacher))
+
+
+def test_frozen_parameters_are_the_teacher_s_own_arrays(teacher, rollouts, tmp_path):
+  """The router sets need no second copy of the model."""
+  part = stage(teacher, tmp_path)
+  part.settings.trainable = "router"
+  trained = split_model(run_sft(part, inject(teacher), rollouts))[1]
+  original = split_model(teacher)[1]
+  assert trained["runs"][0]["mlp"]["experts"]["gate_up"] is original["runs"][0]["mlp"]["experts"]["gate_up"]
+  assert trained["embed"]["embedding"] is original["embed"]["embedding"]
+  assert not np.array_equal(
+    trained["runs"][0]["mlp"]["router"]["weight"], original["runs"][0]["mlp"]["router"]["weight"]
+  )
+  size = sum(file.stat().st_size for file in (tmp_path / "checkpoints").rglob("*") if file.is_file())
+  assert size < original["embed"]["embedding"].nbytes * 8  # moments of the routers alone
+
+
+def test_on_policy_sampling_follows_seed_and_step(teacher, tmp_path, monkeypatch):
+  """Each step samples the prompts of its own batch, with another seed each step, the same in another run."""
+  calls = []
+
+  def record(model, prompts, *args, seed, **options):
+    from zeda_jax.rollout.generate import generate
+
+    calls.append((tuple(map(tuple, prompts)), seed))
+    return generate(model, prompts, *args, seed=seed, **options)
+
+  monkeypatch.setattr("zeda_jax.distill.stages.generate", record)
+  render = lambda index: [index, 1, 2]
+  for name in ("a", "b"):
+    run_opd(stage(teacher, tmp_path / name, "opd"), inject(teacher), [3, 5, 7, 9], render, longest=3)
+  assert calls[:2] == calls[2:]
+  (first, seed), (second, other) = calls[:2]
+  assert seed != other
+  for prompts in (first, second):
+    assert len(prompts) == 6 and prompts[::2] == prompts[1::2]  # two samples of each of three prompts
+  assert {p[0] for p in first} <= {3, 5, 7, 9} and len({p[0] for p in first}) == 3
+  rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("a", "b")]
+  assert [json.loads(line)["loss"] for line in rows[0]] == [json.loads(line)["loss"] for line in rows[1]]
