@@ -37,8 +37,8 @@ def test_first_tasks_are_fixed_across_versions():
 
 
 EXPECTED_FIRST = [
-  *("What is 3+665?", "Run: x=[9,0,3];x[1]=6;print(x)", "List hal, pul in reversed order, numbered."),
-  *("What is 55+278?", 'Run: print("knl"[::-1])', "Write gunix in uppercase, sorted, twice."),
+  *("What is 4-1?", "Run: x=[2,9,4];x[1]=8;print(x)", "List hal, pul in reversed order, numbered."),
+  *("What is 69+270?", 'Run: for c in "gf":print(c*2,end="")', "Write gunix in uppercase, sorted, twice."),
 ]
 
 

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,8 +12,10 @@ from zeda_jax.checkpoint.huggingface import load_hf
 from zeda_jax.demo import families, train_teacher
 from zeda_jax.demo.tokenizer import END, PAD, vocabulary
 from zeda_jax.models.decoder import Decoder
+from zeda_jax.zero_experts import Routing
 
 # The real thing in small, so that a step compiles and runs in seconds.
+EVEN = dict.fromkeys(families.FAMILIES, 1 / 3)
 TINY = train_teacher.teacher_config().replace(hidden_size=32, moe_layers=(True,), num_experts=4, num_experts_per_tok=2)
 
 
@@ -42,11 +45,12 @@ def test_pack_keeps_whole_examples_apart(examples):
 
 def test_stream_draws_families_in_their_shares_and_repeats_nothing_within_an_epoch():
   examples = {family: [([i, j], 1) for j in range(5000)] for i, family in enumerate(families.FAMILIES)}
-  stream = train_teacher.example_stream(examples, np.random.default_rng(0))
+  shares = {"math": 0.5, "code": 0.3, "instruction": 0.2}
+  stream = train_teacher.example_stream(examples, shares, np.random.default_rng(0))
   drawn = [tuple(next(stream)[0]) for _ in range(6000)]
   assert len(set(drawn)) == 6000
   for i, family in enumerate(families.FAMILIES):
-    assert abs(sum(d[0] == i for d in drawn) / 6000 - train_teacher.SHARES[family]) < 0.03
+    assert abs(sum(d[0] == i for d in drawn) / 6000 - shares[family]) < 0.03
 
 
 def test_accuracy_counts_whole_responses(examples, monkeypatch):
@@ -67,20 +71,35 @@ def test_accuracy_counts_whole_responses(examples, monkeypatch):
   assert calls == [16, 16, 16]  # the last batch is padded to the same shape
 
 
+def test_routing_loss_is_load_balance_plus_peak():
+  rng = np.random.default_rng(0)
+  scores = rng.dirichlet(np.ones(8), size=20).astype(np.float32)
+  picks = np.argsort(-scores, axis=1)[:, :2]
+  live = np.arange(20) < 15
+  kept = scores[:15]
+  counts = np.bincount(picks[:15].ravel(), minlength=8)
+  balance = 8 * ((counts / (15 * 2)) * kept.mean(axis=0)).sum()
+  peak = 8 * (kept**2).sum(axis=1).mean()
+  expected = train_teacher.BALANCE_COEFFICIENT * balance + train_teacher.PEAK_COEFFICIENT * peak
+  weights = jnp.zeros((20, 2))
+  found = train_teacher.routing_loss(Routing(jnp.asarray(scores), jnp.asarray(picks), weights), jnp.asarray(live))
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_training_lowers_the_loss_and_is_repeatable(monkeypatch, capsys):
   monkeypatch.setattr(train_teacher, "teacher_config", lambda: TINY)
   arguments = {
-    "steps": 40,
-    "decay_steps": 10,
+    "phases": [train_teacher.Phase(30, 10, 3e-3, EVEN), train_teacher.Phase(10, 5, 1e-3, EVEN)],
     "rows": 4,
     "length": 64,
     "train_examples": dict.fromkeys(families.FAMILIES, 300),
-    "log_every": 20,
+    "log_every": 10,
   }
   first, second = (train_teacher.train(**arguments) for _ in range(2))
-  lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+  lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("phase")]
   losses = [float(line.split("response_loss ")[1].split()[0]) for line in lines]
-  assert len(losses) == 4 and losses[1] < 0.9 * losses[0]
+  assert len(losses) == 8 and losses[3] < 0.9 * losses[0]
+  assert losses[:4] == losses[4:]
   for a, b in zip(jax.tree.leaves(nnx.state(first)), jax.tree.leaves(nnx.state(second)), strict=True):
     np.testing.assert_array_equal(a, b)
 

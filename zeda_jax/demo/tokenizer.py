@@ -30,8 +30,8 @@ WORDS = (
   *(" times", " with", " dashes", " quotes", " brackets", " numbered"),
 )
 FRAGMENTS = (
-  *("print(", '"".join(', "sorted(", "max(", "min(", "sum(", "range(", ".upper()", ".replace(", ".count("),
-  *(".append(", "[::-1]", "for c in ", "for i in ", ",end="),
+  *("print(", '"".join(', "sorted(", "max(", "min(", "range(", ".upper()", ".append(", "[::-1]", "for c in "),
+  *("for i in ", ",end="),
 )
 CHARACTERS = string.digits + string.ascii_lowercase + string.ascii_uppercase + " \n+-*/=.,:;?!'\"()[]{}<>_%#"
 
