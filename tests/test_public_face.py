@@ -92,13 +92,12 @@ def test_from_model_to_directory_and_back(tmp_path):
 
 
 def test_generate_stops_at_an_eos_of_either_form():
-  model = tiny_model()
+  model = tiny_model(moe_layers=(True,))
   free = zeda_jax.generate(model, [[1, 2, 3]], 6, temperature=0.0)[0]
   assert len(free.tokens) == len(free.logprobs) == 6 and free.zero_ratio == 0.0
   end = free.tokens[2]
   first = free.tokens.index(end) + 1
-  other = next(token for token in range(64) if token not in free.tokens)
-  for eos_id in (end, [end], (other, end), np.int32(end)):
+  for eos_id in (end, [end], np.int32(end)):
     assert zeda_jax.generate(model, [[1, 2, 3]], 6, temperature=0.0, eos_id=eos_id)[0].tokens == free.tokens[:first]
 
 

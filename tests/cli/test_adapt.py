@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -137,25 +136,21 @@ def test_killed_in_every_stage_it_ends_the_same(files, uninterrupted, tmp_path):
   assert not [name for name in everything(workdir) if "partial" in name or "tmp" in name]
 
 
-@pytest.mark.parametrize("stage", ["rollout", "export"])
-def test_sigterm_exits_0_with_a_sentence(files, uninterrupted, tmp_path, stage):
-  workdir = tmp_path / "w"
-  if stage == "export":
-    shutil.copytree(uninterrupted[0], workdir)
-    shutil.rmtree(workdir / "student")
-    shutil.rmtree(workdir / "evaluate")
-  status, out, err = interrupt(stage, signal.SIGTERM, files, workdir, 0.1)
+def test_sigterm_exits_0_with_a_sentence(files, tmp_path):
+  """The other stages are met in tests/distill/test_adapt.py, without new processes."""
+  status, out, err = interrupt("rollout", signal.SIGTERM, files, tmp_path / "w", 0.1)
   assert (status, err) == (0, "")
   assert out.splitlines()[-1].startswith("zeda adapt: stopped ")
   assert out.splitlines()[-1].endswith("; run the same command again to go on.")
 
 
-def test_a_terminal_gets_bars_and_a_table(files, uninterrupted):
-  """On a pseudo-terminal: no log lines between the bars."""
+@pytest.mark.slow
+def test_a_terminal_gets_bars_and_a_table(files, tmp_path):
+  """A whole run on a pseudo-terminal: no log lines between the bars."""
   import pty
 
   parent, child = pty.openpty()
-  command = [sys.executable, "-m", "zeda_jax.cli.main", "adapt", *arguments(files, uninterrupted[0])]
+  command = [sys.executable, "-m", "zeda_jax.cli.main", "adapt", *arguments(files, tmp_path / "w")]
   process = subprocess.Popen(command, cwd=REPOSITORY, stdout=child, stderr=child)
   os.close(child)
   text = b""

@@ -1,6 +1,7 @@
 """The whole recipe, in this process: its variants, its interruptions, and what it leaves behind."""
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -208,7 +209,7 @@ def test_sigterm_in_every_stage(files, whole, tmp_path, monkeypatch, capsys):
   # the last batch of a shard; the last shard; a step of each training; the export; the second model's evaluation
   moments = [
     (rollout_stage, "generate", Interrupter(rollout_stage.generate, 2), "with 84 of 168 prompts answered"),
-    (rollout_stage, "write_shard", Interrupter(rollout_stage.write_shard, 2), "before SFT"),
+    (rollout_stage, "write_shard", Interrupter(rollout_stage.write_shard, 1), "before SFT"),
     (MetricWriter, "write", interrupt_training("sft"), "sft stopped after step"),
     (MetricWriter, "write", interrupt_training("opd"), "opd stopped after step"),
     (recipe, "save_hf", Interrupter(recipe.save_hf, 1), "before the evaluation of teacher"),
@@ -313,7 +314,7 @@ def trained_tensors(files, workdir):
 ROUTER = {"model.layers.0.mlp.gate.weight"}
 VARIANTS = {
   "the paper's losses": (
-    {"sft.loss": "cross_entropy", "opd.loss": "sampled", "sft.accumulate": 2, "opd.accumulate": 2},
+    {"sft.loss": "cross_entropy", "sft.accumulate": 2, "opd.loss": "sampled", "opd.trainable": "router"},
     lambda names: names > ROUTER and len(names) > 20,
   ),
   "router": (
@@ -331,7 +332,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=pytest.mark.slow) if "fewer" in v else v for v in VARIANTS])
 def test_variants(files, whole, tmp_path, variant):
   changes, expected = VARIANTS[variant]
   workdir = recipe.adapt(settings(files, tmp_path / "w", changes), until="export")
@@ -345,6 +346,15 @@ def test_without_evaluation(files, tmp_path, capsys):
   assert sorted(path.name for path in workdir.iterdir()) == ["recipe.json", "student"]
   assert trained_tensors(files, workdir) == set()  # injected, untrained
   assert "held-out prompts" not in capsys.readouterr().out
+
+
+def test_two_at_once_are_refused(files, whole, capsys):
+  lock = os.open(whole, os.O_RDONLY)
+  fcntl.flock(lock, fcntl.LOCK_EX)
+  assert zeda("adapt", *arguments(files, whole)) == 2
+  assert f"another process is working in {whole}" in capsys.readouterr().err
+  os.close(lock)
+  assert zeda("adapt", *arguments(files, whole)) == 0
 
 
 def test_unknown_stage(files, tmp_path):

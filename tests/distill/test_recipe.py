@@ -69,6 +69,7 @@ def test_the_defaults_are_valid():
     ("evaluate__num_prompts", -1, "at least 0"),
     ("evaluate__max_new_tokens", 0, "at least 1"),
     ("evaluate__grader", "judge", "one of 'exact', 'number'"),
+    ("evaluate__models", ("teacher,student",), "expected names"),
   ],
 )
 def test_bad_values(name, value, expected):

@@ -1,11 +1,15 @@
 """`zeda adapt`: inject, rollout, SFT, OPD, export, evaluate, summary; finished stages are skipped."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
+import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import jax
 import ml_collections
 import rich.console
 
@@ -48,7 +52,7 @@ def adapt(
   workdir = claim_workdir(config, job.contents)
   summary.describe(job.console, config, job.model, len(job.train), len(job.held_out))
   wanted = STAGES[: STAGES.index(until) + 1]
-  with job.stop:
+  with job.stop, _alone_in(workdir):
     if not _exported(job):
       if config.sft.epochs or until == "rollout":
         rollout_stage(job)
@@ -65,6 +69,22 @@ def adapt(
   if "evaluate" in wanted:
     summary.write(job.console, workdir, summary.LABELS)
   return workdir
+
+
+@contextlib.contextmanager
+def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds a lock on the workdir, which ends with the process; the processes of one multi-process run share it."""
+  lock = os.open(workdir, os.O_RDONLY)
+  try:
+    if jax.process_count() == 1:
+      with contextlib.suppress(OSError):  # some file systems have no locks
+        try:
+          fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+          raise ZedaError(f"another process is working in {workdir}: wait for it, or stop it first.") from error
+    yield
+  finally:
+    os.close(lock)
 
 
 def _exported(job: Job) -> bool:

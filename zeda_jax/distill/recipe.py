@@ -38,6 +38,7 @@ _SAMPLING_RANGES = {"max_new_tokens": (1, _INFINITY), "temperature": (0, _INFINI
 _FILTER_RANGES = {"top_k": (0, _INFINITY), "top_p": (0, 1)}
 _RANGES: dict[str, Any] = {
   "seed": (0, 2**32 - 1),
+  "scan_unroll": (1, _INFINITY),
   "rollout": {
     **_SAMPLING_RANGES,
     **_FILTER_RANGES,
@@ -159,6 +160,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
   for name, choices in _choices().items():
     if given[name] not in choices:
       raise ZedaError(f"config.{name} is {given[name]!r}; expected one of {', '.join(map(repr, choices))}.")
+  if not all(name.replace("-", "").isalnum() for name in given["evaluate.models"]):
+    raise ZedaError(
+      f"config.evaluate.models is {given['evaluate.models']!r}; expected names, as in "
+      "--config.evaluate.models=\"('teacher','student')\"."
+    )
   _check_student(config.student)
   for section, rows in (
     ("sft", config.sft.batch_size),
