@@ -64,7 +64,7 @@ def test_norms_join_the_routers(teacher):
   assert all(leaf is teachers[name] for name, leaf in flat(reference.frozen).items())
 
 
-@pytest.mark.parametrize(("trainable", "loss"), [("all", "forward_kl"), ("router", "reverse_kl"), ("all", "sampled")])
+@pytest.mark.parametrize(("trainable", "loss"), [("all", "forward_kl"), ("router", "reverse_kl")])
 def test_a_few_steps_reduce_the_loss(teacher, trainable, loss):
   step, state, reference = setup(teacher, trainable, loss)
   batch = make_batch()

@@ -1,5 +1,6 @@
 """The expert computation against the plain einsum that runs every expert on every token."""
 
+import flax.nnx as nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,24 +106,20 @@ def test_work_follows_the_picks_that_are_left(monkeypatch):
 
 
 def test_the_router_sees_every_token_and_padding_takes_no_expert():
-  import flax.nnx as nnx
-
   layer = MoELayer(tiny_config(num_zero_experts=3), nnx.Rngs(0))
   x = np.random.default_rng(0).standard_normal((7, 32)).astype(np.float32)
   live = np.array([1, 1, 0, 1, 0, 0, 1], bool)
-  out, routing = layer(x, 0.0, live)
-  everything, same = layer(x, 0.0)
+  run = nnx.jit(lambda layer, live: layer(x, 0.0, live))
+  out, routing = run(layer, live)
+  everything, same = run(layer, np.ones(7, bool))
   np.testing.assert_array_equal(routing.picks, same.picks)
   np.testing.assert_array_equal(out[~live], 0)
   np.testing.assert_allclose(out[live], everything[live], rtol=1e-5, atol=1e-6)
-  assert np.abs(everything).max(axis=1).min() >= 0
   assert routing.scores.shape == (7, 9)
   assert routing.scores.dtype == routing.weights.dtype == jnp.float32
 
 
 def test_the_router_works_in_fp32_on_bf16_activations():
-  import flax.nnx as nnx
-
   router = MoELayer(tiny_config(), nnx.Rngs(0)).router
   x = jnp.asarray(np.random.default_rng(0).standard_normal((7, 32)), jnp.bfloat16)
   logits = np.asarray(x, np.float64) @ np.asarray(router.weight[...], np.float64).T
