@@ -27,6 +27,7 @@ from zeda_jax.data.jsonl import JsonLines
 from zeda_jax.distill import adapt as recipe
 from zeda_jax.distill.metrics import MetricWriter
 from zeda_jax.errors import ZedaError
+from zeda_jax.evaluate import runner
 from zeda_jax.models.decoder import Decoder
 from zeda_jax.rollout import stage as rollout_stage
 
@@ -172,16 +173,17 @@ def test_single_stages_stop_where_they_should_and_add_up(files, whole, tmp_path,
 
 
 class Interrupter:
-  """Sends SIGTERM to this process the n-th time that something is called."""
+  """Sends SIGTERM to this process when something returns for the n-th time."""
 
   def __init__(self, function, nth):
     self.function, self.left = function, nth
 
   def __call__(self, *args, **kwargs):
+    result = self.function(*args, **kwargs)
     self.left -= 1
     if self.left == 0:
       os.kill(os.getpid(), signal.SIGTERM)
-    return self.function(*args, **kwargs)
+    return result
 
 
 @contextlib.contextmanager
@@ -213,7 +215,7 @@ def test_sigterm_in_every_stage(files, whole, tmp_path, monkeypatch, capsys):
     (MetricWriter, "write", interrupt_training("sft"), "sft stopped after step"),
     (MetricWriter, "write", interrupt_training("opd"), "opd stopped after step"),
     (recipe, "save_hf", Interrupter(recipe.save_hf, 1), "before the evaluation of teacher"),
-    (recipe, "evaluate", Interrupter(recipe.evaluate, 2), "during the evaluation of injected"),
+    (runner, "generate", Interrupter(runner.generate, 2), "before the evaluation of sft"),
   ]
   for place, name, replacement, sentence in moments:
     with monkeypatch.context() as patch, survives_sigterm() as missed:

@@ -106,7 +106,7 @@ def print_table(console: rich.console.Console, title: str, header: list[str], bo
   for row in body:
     table.add_row(*row)
   if not console.is_terminal:
-    console = rich.console.Console(file=console.file, width=200)  # a file or a pipe has no width to fit
+    console = rich.console.Console(file=console.file, width=200, quiet=console.quiet)  # a file or a pipe has no width to fit
   console.print(table)
 
 
