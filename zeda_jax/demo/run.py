@@ -9,7 +9,6 @@ from typing import Any
 import ml_collections
 import rich.console
 
-from zeda_jax.checkpoint.huggingface import load_hf
 from zeda_jax.data.jsonl import write_jsonl
 from zeda_jax.demo import picture
 from zeda_jax.demo.families import Split, mixed_tasks
@@ -44,7 +43,7 @@ def demo_config(workdir: str | pathlib.Path, seed: int = 0) -> ml_collections.Co
   balance = {"weight": 2.2, "balance_tokens": "response"}
   config.rollout.update(max_new_tokens=16, batch_size=512, shard_size=4096)
   config.sft.update(loss="forward_kl", **balance, epochs=2, batch_size=32, row_length=64, save_every=200, log_every=10)
-  config.sft.optimizer.update(learning_rate=1.5e-3, weight_decay=0.0)
+  config.sft.optimizer.update(learning_rate=2e-4, weight_decay=0.0)
   config.opd.update(
     loss="reverse_kl",
     **balance,
@@ -55,7 +54,7 @@ def demo_config(workdir: str | pathlib.Path, seed: int = 0) -> ml_collections.Co
     save_every=200,
     log_every=10,
   )
-  config.opd.optimizer.update(learning_rate=5e-4, schedule="cosine", weight_decay=0.0)
+  config.opd.optimizer.update(learning_rate=5e-5, schedule="cosine", weight_decay=0.0)
   config.evaluate.update(num_prompts=4500, max_new_tokens=16, batch_size=512, distance=False, models=tuple(LABELS))
   return config
 
@@ -64,6 +63,7 @@ def run_demo(
   workdir: str | pathlib.Path,
   seed: int = 0,
   overrides: Mapping[str, Any] | None = None,
+  train_per_family: int = 1500,
   console: rich.console.Console | None = None,
 ) -> pathlib.Path:
   """Adapts the embedded teacher and its baselines; run again, it goes on where it was.
@@ -72,10 +72,12 @@ def run_demo(
     workdir: everything is written below it.
     seed: of injection, sampling and data order.
     overrides: dotted settings of `demo_config`.
+    train_per_family: training prompts of each family.
     console: where progress is shown.
 
   Returns:
-    The workdir: main/ (the recipe's own output), half/, w70/, router/ (trained baselines), table.md.
+    The workdir: main/ (the recipe's own output, with the table and its picture), half/, w70/, router/ (the training of
+    the other rows), data/.
   """
   console = console or rich.console.Console()
   start = time.perf_counter()
@@ -84,7 +86,7 @@ def run_demo(
   config = demo_config(workdir / "main", seed)
   config.prompts, config.evaluate.prompts = str(data / "train.jsonl"), str(data / "held-out.jsonl")
   config.update_from_flattened_dict(dict(overrides or {}))
-  _write_prompts(data, config.evaluate.num_prompts // 3)
+  _write_prompts(data, config.evaluate.num_prompts // 3, train_per_family)
   job = open_job(config, console)
   adapt(config, console)
   _untrained_baselines(job)
@@ -96,7 +98,7 @@ def run_demo(
   return workdir
 
 
-def _write_prompts(data: pathlib.Path, held_out: int, train: int = 1500) -> None:
+def _write_prompts(data: pathlib.Path, held_out: int, train: int) -> None:
   data.mkdir(parents=True, exist_ok=True)
   splits: tuple[tuple[str, Split, int], ...] = (("train", "train", train), ("held-out", "held_out", held_out))
   for name, split, count in splits:
@@ -124,7 +126,7 @@ def _matched_skipping(job: Job) -> Decoder:
 def _trained_baselines(job: Job, workdir: pathlib.Path) -> None:
   half = {"student.num_zero_experts": 0, "student.num_experts_per_tok": job.model.num_experts_per_tok // 2}
   more = {"sft.weight": 5.0, "opd.weight": 5.0}
-  router = {"sft.trainable": "router", "sft.optimizer.learning_rate": 3e-3, "opd.steps": 0}
+  router = {"sft.trainable": "router", "sft.optimizer.learning_rate": 2e-3, "opd.steps": 0}
   for name, directory, changes in (
     ("truncated-trained", "half", half),
     ("student-70", "w70", more),
@@ -146,8 +148,3 @@ def _trained_variant(job: Job, directory: pathlib.Path, changes: Mapping[str, An
   if config.opd.steps:
     student = run_opd(stage("opd"), student, job.train.tolist(), job.render, job.longest)
   return student
-
-
-def exported_student(workdir: str | pathlib.Path) -> Decoder:
-  """The demo's result, read back from its Hugging Face directory."""
-  return load_hf(pathlib.Path(workdir) / "main" / "student")
