@@ -105,8 +105,8 @@ def print_table(console: rich.console.Console, title: str, header: list[str], bo
     table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
   for row in body:
     table.add_row(*row)
-  if not console.is_terminal:
-    console = rich.console.Console(file=console.file, width=200, quiet=console.quiet)  # a file or a pipe has no width to fit
+  if not console.is_terminal:  # a file or a pipe has no width to fit
+    console = rich.console.Console(file=console.file, width=200, quiet=console.quiet)
   console.print(table)
 
 
