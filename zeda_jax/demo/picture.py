@@ -1,4 +1,4 @@
-"""The demo's table as a picture: accuracy against the share of expert work that is skipped."""
+"""The demo's table as a picture: accuracy and skipped expert work of every row."""
 
 import pathlib
 from collections.abc import Mapping
@@ -7,59 +7,44 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 _TRAINED, _UNTRAINED, _TEACHER = "#1f6f8b", "#c8553d", "#333333"
 
 
+def _color(name: str, label: str) -> str:
+  return _TEACHER if name == "teacher" else _UNTRAINED if "untrained" in label else _TRAINED
+
+
 def draw(measured: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], file: pathlib.Path) -> None:
-  """Writes a PNG: one point per row with its standard error, x the share skipped on response tokens.
+  """Writes a PNG with one line per row: accuracy with its standard error, and the share of expert work skipped.
 
   Args:
-    measured: results by name, with "average", "standard_error" (fractions) and "skipped_response".
+    measured: results by name, with "average", "standard_error" and "skipped_response" as fractions.
     labels: what each row is called; a label with "untrained" is drawn as such.
     file: of the picture.
   """
-  figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
-  points = []
-  for name, row in measured.items():
-    color = _TEACHER if name == "teacher" else _UNTRAINED if "untrained" in labels[name] else _TRAINED
-    x, y, error = 100 * row["skipped_response"], 100 * row["average"], 100 * row["standard_error"]
-    axes.errorbar(x, y, yerr=error, fmt="o", color=color, capsize=3, markersize=6)
-    points.append((x, y, labels[name], color))
-  _annotate(axes, points)
-  teacher = measured.get("teacher")
-  if teacher:
-    level = 100 * teacher["average"]
-    axes.axhline(level, color=_TEACHER, linewidth=0.8, linestyle=":")
-    axes.axhspan(level - 1, level, color=_TRAINED, alpha=0.08, label="within one point of the teacher")
-    axes.legend(loc="lower left", frameon=False)
-  axes.set_xlabel("expert work skipped on response tokens (% of the teacher's picks)")
-  axes.set_ylabel("accuracy, mean of three families (%)")
-  axes.set_xlim(-4, 104)
-  axes.spines[["top", "right"]].set_visible(False)
+  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.42 * len(measured) + 1.2), dpi=150, sharey=True)
+  for line, (name, row) in enumerate(measured.items()):
+    color, accuracy = _color(name, labels[name]), 100 * row["average"]
+    left.errorbar(accuracy, line, xerr=100 * row["standard_error"], fmt="o", color=color, capsize=3)
+    left.annotate(f"{accuracy:.2f}", (accuracy, line), (0, 7), textcoords="offset points", ha="center", fontsize=7)
+    skipped = 100 * row["skipped_response"]
+    right.barh(line, skipped, height=0.55, color=color)
+    right.annotate(f"{skipped:.0f} %", (skipped, line), (4, 0), textcoords="offset points", va="center", fontsize=8)
+  if "teacher" in measured:
+    level = 100 * measured["teacher"]["average"]
+    left.axvline(level, color=_TEACHER, linewidth=0.8, linestyle=":")
+    left.axvspan(level - 1, level, color=_TRAINED, alpha=0.1, label="within one point of the teacher")
+    left.legend(loc="lower left", frameon=False, fontsize=8)
+  left.set_yticks(range(len(measured)), [labels[name] for name in measured])
+  left.invert_yaxis()
+  left.margins(y=0.08)
+  left.set_xlabel("accuracy, mean of three families (%)")
+  right.set_xlabel("expert work skipped on response tokens (%)")
+  right.set_xlim(0, 100)
+  for axes in (left, right):
+    axes.spines[["top", "right"]].set_visible(False)
   figure.tight_layout()
   figure.savefig(file)
   plt.close(figure)
-
-
-def _annotate(axes: Any, points: list[tuple[float, float, str, str]]) -> None:
-  """Writes the names beside their points, moving them apart vertically where points lie close together."""
-  low, high = axes.get_ylim()
-  gap = (high - low) * 0.045
-  taken: list[tuple[float, float]] = []
-  for x, y, label, color in sorted(points, key=lambda p: -p[1]):
-    left = x > 60
-    height = y
-    while any(abs(x - other_x) < 45 and abs(height - other_y) < gap for other_x, other_y in taken):
-      height -= gap
-    taken.append((x, height))
-    axes.annotate(
-      label,
-      (x, y),
-      xytext=(x - 2 if left else x + 2, height),
-      ha="right" if left else "left",
-      va="center",
-      color=color,
-      fontsize=8,
-    )
