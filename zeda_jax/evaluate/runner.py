@@ -28,7 +28,7 @@ class Result:
   skipped_response: float  # over the passes that predicted response tokens
   expert_flops_left: float  # share of the teacher's expert FLOPs
   response_length: float  # mean tokens
-  seconds: float
+  seconds: float  # of generation, without compilation where there was more than one batch
 
   @property
   def average(self) -> float:
@@ -73,7 +73,13 @@ def evaluate(
 
   The other arguments are those of `generate`.
   """
-  start = time.perf_counter()
+  stamps = [(0, time.perf_counter())]
+
+  def note(done: int, total: int) -> None:
+    stamps.append((done, time.perf_counter()))
+    if progress is not None:
+      progress(done, total)
+
   samples = generate(
     model,
     prompts,
@@ -85,9 +91,8 @@ def evaluate(
     batch_size=batch_size,
     zero_expert_bias=zero_expert_bias,
     width=max(len(p) for p in prompts),
-    progress=progress,
+    progress=note,
   )
-  seconds = time.perf_counter() - start
   right: dict[str, list[bool]] = {}
   for record, sample in zip(records, samples, strict=True):
     if record.get("label") is not None:
@@ -108,9 +113,15 @@ def evaluate(
     skipped_response=skipped([s.zero_ratio for s in samples], np.maximum(responses, 1e-9)),
     expert_flops_left=1 - overall,
     response_length=float(responses.mean()),
-    seconds=seconds,
+    seconds=_steady_seconds(stamps),
   )
   return result, samples
+
+
+def _steady_seconds(stamps: Sequence[tuple[int, float]]) -> float:
+  """Time of all prompts at the pace after the first batch, which may have compiled; all there is for one batch."""
+  (first, begin), (total, end) = stamps[1] if len(stamps) > 2 else stamps[0], stamps[-1]
+  return (end - begin) * total / (total - first)
 
 
 def teacher_distance(
