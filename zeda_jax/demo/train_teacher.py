@@ -266,7 +266,8 @@ The teacher of `zeda demo`: 1.03 M parameters, 4 layers, 16 experts of which eac
 questions of three kinds: sums and differences, what a line of Python prints, and writing words as told. It knows
 nothing else.
 
-Made by `{command}`.
+The recipe is `{command}`. Rounding differs between
+machines and versions, so a rerun gives a teacher of this kind, not these bytes.
 
 Greedy, whole response right, {per_family} held-out prompts per family:
 
