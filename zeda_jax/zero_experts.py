@@ -4,7 +4,7 @@ A post-trained mixture of experts has N normal experts and runs the best K of th
 *zero experts* (ids N .. N+N_Z-1) to the router: they have a router row each but no weights, and their output is
 exactly 0. K does not change, so every zero expert among the K picks is an expert matmul that need not happen.
 
-  router rows   [N + N_Z, H]     the first N unchanged, the new ones drawn around them   (new_router_rows)
+  router rows   [N + N_Z, H]     the first N unchanged, the new ones drawn around them   (router_rows.py)
   scores        [T, N + N_Z]     softmax over all of them                                (router_scores)
   picks         [T, K]           ids of the best K; ids >= N cost nothing                (route)
   output        sum over picks < N of weight * expert(x)                                 (models/moe.py)
@@ -19,28 +19,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from zeda_jax.errors import ZedaError
+from zeda_jax.router_rows import new_router_rows
 
-
-def new_router_rows(
-  rows: Float[np.ndarray, "N H"], num_zero_experts: int, seed: int, layer: int
-) -> Float[np.ndarray, "Z H"]:
-  """Router rows of the zero experts of one layer: Normal(mean, std) of the layer's N old rows, per hidden dimension.
-
-  The standard deviation has the N-1 denominator (paper section 3.1). Seeded by (seed, layer), so that one layer can be
-  drawn without the others and a streaming converter gives the same rows as `inject`.
-
-  Raises:
-    ZedaError: num_zero_experts is not positive.
-  """
-  if num_zero_experts <= 0:
-    raise ZedaError(f"num_zero_experts is {num_zero_experts}; expected a positive number (half the experts is usual).")
-  old = np.asarray(rows, np.float32)
-  noise = np.random.default_rng([seed, layer]).standard_normal((num_zero_experts, old.shape[1]), np.float32)
-  return (old.mean(axis=0) + old.std(axis=0, ddof=1) * noise).astype(rows.dtype)
+__all__ = [
+  "Routing",
+  "expert_balance_loss",
+  "group_balance_loss",
+  "new_router_rows",
+  "route",
+  "router_scores",
+  "target_ratio",
+  "zero_expert_ratio",
+]
 
 
 class Routing(NamedTuple):

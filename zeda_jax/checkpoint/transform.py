@@ -86,7 +86,7 @@ def _widened(tensor: StoredTensor, count: int, seed: int, layer: int) -> Planned
 
   def rows() -> np.ndarray:
     # Imports JAX, which takes seconds that neither a refusal nor a plain export should wait for.
-    from zeda_jax.zero_experts import new_router_rows
+    from zeda_jax.router_rows import new_router_rows
 
     old = tensor.read()
     return np.concatenate([old, new_router_rows(old, count, seed, layer)])
