@@ -14,6 +14,7 @@ from zeda_jax.checkpoint.safetensors_io import (
 )
 from zeda_jax.config import ModelConfig, read_config, to_hf
 from zeda_jax.errors import ZedaError
+from zeda_jax.router_rows import new_router_rows
 
 
 def inject_directory(
@@ -85,9 +86,6 @@ def _widened(tensor: StoredTensor, count: int, seed: int, layer: int) -> Planned
   """A router with the rows of `count` zero experts below its own."""
 
   def rows() -> np.ndarray:
-    # Imports JAX, which takes seconds that neither a refusal nor a plain export should wait for.
-    from zeda_jax.router_rows import new_router_rows
-
     old = tensor.read()
     return np.concatenate([old, new_router_rows(old, count, seed, layer)])
 
