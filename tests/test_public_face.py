@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import zeda_jax
-from tests.tiny_models import random_tokens, tiny_model
+from tests.tiny_models import QWEN3_30B_A3B, random_tokens, tiny_model
 
 NOTHING = inspect.Parameter.empty
 # name -> its parameters in order, with defaults
@@ -106,18 +106,6 @@ def test_losses_and_speed():
   loss = zeda_jax.group_balance_loss(scores, picks, num_experts=2, weight=2.0, coefficient=0.1)
   # T=4, K=1, N=2, N_Z=1: f_E = f_Z = 1/2, P_E = 2/3, P_Z = 1/3
   assert loss == pytest.approx(0.1 * (2 + 2) * (0.5 * (2 / 3) / 2 + 0.5 * (1 / 3) / 2), rel=1e-6)
-  config = zeda_jax.ModelConfig(
-    model_type="qwen3_moe",
-    vocab_size=151936,
-    hidden_size=2048,
-    num_heads=32,
-    num_kv_heads=4,
-    head_dim=128,
-    intermediate_size=6144,
-    moe_intermediate_size=768,
-    num_experts=128,
-    num_experts_per_tok=8,
-    moe_layers=(True,) * 48,
-  )
+  config = QWEN3_30B_A3B
   assert zeda_jax.theoretical_speedup(config, 1024) == pytest.approx(1.403, abs=5e-4)
   assert zeda_jax.theoretical_speedup(config, 8192, stage="decode") == pytest.approx(1.261, abs=5e-4)

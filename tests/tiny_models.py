@@ -14,6 +14,20 @@ from zeda_jax.config import ModelConfig
 from zeda_jax.models.decoder import Decoder, DecoderOutput, abstract_decoder
 from zeda_jax.models.params import merge_model, split_model
 
+QWEN3_30B_A3B = ModelConfig(
+  model_type="qwen3_moe",
+  vocab_size=151936,
+  hidden_size=2048,
+  num_heads=32,
+  num_kv_heads=4,
+  head_dim=128,
+  intermediate_size=6144,
+  moe_intermediate_size=768,
+  num_experts=128,
+  num_experts_per_tok=8,
+  moe_layers=(True,) * 48,
+)
+
 TINY = {
   "vocab_size": 64,
   "hidden_size": 32,

@@ -2,23 +2,10 @@
 
 import pytest
 
+from tests.tiny_models import QWEN3_30B_A3B
 from zeda_jax.analysis.flops import decode_flops, expert_flops_left, prefill_flops, theoretical_speedup
-from zeda_jax.config import ModelConfig
 from zeda_jax.errors import ZedaError
 
-QWEN3_30B_A3B = ModelConfig(
-  model_type="qwen3_moe",
-  vocab_size=151936,
-  hidden_size=2048,
-  num_heads=32,
-  num_kv_heads=4,
-  head_dim=128,
-  intermediate_size=6144,
-  moe_intermediate_size=768,
-  num_experts=128,
-  num_experts_per_tok=8,
-  moe_layers=(True,) * 48,
-)
 TABLE = {
   "prefill": ["1.403", "1.341", "1.296", "1.261", "1.234", "1.212", "1.194", "1.178"],
   "decode": ["1.443", "1.403", "1.370", "1.341", "1.317", "1.296", "1.278", "1.261"],
