@@ -1,4 +1,4 @@
-"""The work list of the tiled backend: one entry per tile that holds a live row, and nothing else runs."""
+"""The loops of the tiled backend run once per tile that holds a live row, and nothing else runs."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -7,56 +7,58 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zeda_jax.ops.grouped_matmul import tiled
+from tests.ops.grouped_matmul.contract import Contract
+from zeda_jax.ops.grouped_matmul import grouped_matmul, tiled
 
 
-def plain_tiles(sizes, tile):
-  """(group, first row, end row) of every tile."""
-  found, start = [], 0
-  for group, size in enumerate(sizes):
-    end = start + size
-    found += [(group, first, min(first + tile, end)) for first in range(start, end, tile)]
-    start = end
-  return found
+class TestTiled(Contract):
+  backend = "tiled"
 
 
-tiles = jax.jit(tiled._tiles, static_argnums=(1, 2))
+@jax.jit
+def visits(group_sizes):
+  """(times each of 100 rows was visited as live, rows computed, groups visited), by tiles of 32 and 8 rows."""
+
+  def group(group, start, end, carry):
+    def tile(rows, mine, carry):
+      times, computed = carry
+      live = jnp.ones(rows.shape[0], jnp.int32) if mine is None else mine[:, 0].astype(jnp.int32)
+      return times.at[rows].add(live), computed + rows.shape[0]
+
+    times, computed, groups = carry
+    times, computed = tiled._over_tiles((32, 8), 100, start, end, tile, (times, computed))
+    return times, computed, groups + 1
+
+  return tiled._over_groups(group_sizes, group, (jnp.zeros(100, jnp.int32), 0, 0))
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
-@hypothesis.given(cuts=st.lists(st.integers(0, 100), min_size=5, max_size=5), tile=st.sampled_from([1, 8, 100]))
-def test_the_work_list_covers_every_live_row_once(cuts, tile):
+@hypothesis.given(cuts=st.lists(st.integers(0, 100), min_size=5, max_size=5))
+def test_every_live_row_is_computed_once_and_little_else(cuts):
   sizes = np.diff([0, *sorted(cuts)])
-  count, *columns = tiles(jnp.asarray(sizes), 100, tile)
-  expected = plain_tiles(sizes, tile)
-  assert int(count) == len(expected) <= columns[0].shape[0]
-  rows = list(zip(*(np.asarray(column)[: len(expected)].tolist() for column in columns), strict=True))
-  assert rows == expected
+  times, computed, groups = visits(jnp.asarray(sizes))
+  np.testing.assert_array_equal(times, np.arange(100) < sizes.sum())
+  assert int(groups) == np.count_nonzero(sizes)
+  assert int(computed) == sum(-(-size // 8) * 8 for size in sizes)
 
 
-@pytest.mark.parametrize("live", [0, 128, 512, 1024])
+@pytest.mark.parametrize("live", [0, 24, 48, 96])
 def test_work_is_proportional_to_the_live_rows(live):
-  sizes = jnp.full(4, live // 4)
-  count, *_ = tiles(sizes, 1024, 32)
-  assert int(count) == live // 32
+  assert int(visits(jnp.full(3, live // 3))[1]) == live
 
 
-def trip_counts(jaxpr) -> list[str]:
-  """Names of the loop primitives of a program, nested ones included."""
-  found = []
-  for equation in jaxpr.eqns:
-    found += [equation.primitive.name] * (equation.primitive.name in ("while", "scan"))
-    for sub in jax.core.jaxprs_in_params(equation.params):
-      found += trip_counts(sub)
-  return found
+def test_tiles_larger_than_the_array_shrink_to_it():
+  seen = []
+  tiled._over_tiles((128, 16), 5, jnp.int32(0), jnp.int32(5), lambda rows, mine, c: seen.append(rows.shape) or c, 0)
+  assert seen and set(seen) == {(5,)}
 
 
 def test_the_products_run_in_loops_of_dynamic_length():
   def loss(lhs, rhs, sizes):
-    return tiled.grouped_matmul(lhs, rhs, sizes).sum()
+    return grouped_matmul(lhs, rhs, sizes, backend="tiled").sum()
 
   shapes = jnp.zeros((300, 5)), jnp.zeros((4, 5, 7)), jnp.zeros(4, jnp.int32)
-  jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(*shapes)
-  dots = [line for line in str(jaxpr).splitlines() if "dot_general" in line]
-  assert len(dots) == 3
-  assert trip_counts(jaxpr.jaxpr).count("while") == 3
+  text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).as_text()
+  # One product for large tiles and one for the rest, in the gradient of each side, all inside loops.
+  assert text.count("stablehlo.dot_general") == 4
+  assert "stablehlo.while" in text

@@ -2,27 +2,56 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from zeda_jax.ops.grouped_matmul.activation import swiglu_halves
 
 
-def group_ids(group_sizes: Int[Array, " G"], num_rows: int) -> Int[Array, " M"]:
-  """The group of each row; G for the rows past sum(group_sizes)."""
-  return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(num_rows), side="right")
+def rows_of_groups(group_sizes: Int[Array, " G"], num_rows: int) -> Bool[Array, "G M"]:
+  """True where row m belongs to group g; all False for the rows past sum(group_sizes)."""
+  ends = jnp.cumsum(group_sizes)[:, None]
+  rows = jnp.arange(num_rows)
+  return (rows >= ends - group_sizes[:, None]) & (rows < ends)
 
 
-def grouped_matmul(
+def product(
   lhs: Float[Array, "M K"],
-  rhs: Float[Array, "G K N"],
+  rhs: Array,
   group_sizes: Int[Array, " G"],
   *,
-  precision: jax.lax.PrecisionLike = None,
-  preferred_element_type: jnp.dtype | None = None,
+  transpose_rhs: bool,
+  precision: jax.lax.PrecisionLike,
+  dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "M N"]:
-  """out[i] = lhs[i] @ rhs[group of row i]; rows past sum(group_sizes) are 0."""
-  groups = group_ids(group_sizes, lhs.shape[0])
-  one_hot_mg = groups[:, None] == jnp.arange(rhs.shape[0])
-  live = (groups < rhs.shape[0])[:, None]
-  lhs = jnp.where(live, lhs, 0)
-  out_gmn = jnp.einsum("mk,gkn->gmn", lhs, rhs, precision=precision, preferred_element_type=jnp.float32)
-  out = jnp.einsum("gmn,mg->mn", out_gmn, one_hot_mg.astype(jnp.float32), precision="highest")
-  return jnp.where(live, out, 0).astype(preferred_element_type or jnp.result_type(lhs, rhs))
+  """See `api.Backend`."""
+  mine = rows_of_groups(group_sizes, lhs.shape[0])[:, :, None]
+  lhs_gmk = jnp.where(mine, lhs, 0)  # not a product with 0: an unused row may hold NaN
+  equation = "gmk,gnk->mn" if transpose_rhs else "gmk,gkn->mn"
+  return jnp.einsum(equation, lhs_gmk, rhs, precision=precision, preferred_element_type=jnp.float32).astype(dtype)
+
+
+def weight_product(
+  lhs: Float[Array, "M K"],
+  grad: Float[Array, "M N"],
+  group_sizes: Int[Array, " G"],
+  *,
+  precision: jax.lax.PrecisionLike,
+  dtype: jax.typing.DTypeLike,
+) -> Float[Array, "G K N"]:
+  """See `api.Backend`."""
+  mine = rows_of_groups(group_sizes, lhs.shape[0])[:, :, None]
+  lhs_gmk, grad_gmn = jnp.where(mine, lhs, 0), jnp.where(mine, grad, 0)
+  out = jnp.einsum("gmk,gmn->gkn", lhs_gmk, grad_gmn, precision=precision, preferred_element_type=jnp.float32)
+  return out.astype(dtype)
+
+
+def swiglu(
+  lhs: Float[Array, "M K"],
+  gate_up: Float[Array, "G K 2F"],
+  group_sizes: Int[Array, " G"],
+  *,
+  precision: jax.lax.PrecisionLike,
+  dtype: jax.typing.DTypeLike,
+) -> Float[Array, "M F"]:
+  """See `api.Backend`."""
+  return swiglu_halves(product(lhs, gate_up, group_sizes, transpose_rhs=False, precision=precision, dtype=dtype))

@@ -1,116 +1,151 @@
-"""Grouped matmul in plain XLA: a loop over (group, row tile) pairs with a dynamic trip count, on any device.
+"""Grouped matmul in plain XLA: loops over groups and row tiles with dynamic trip counts, on any device.
 
-The loop runs once per row tile that holds a live row, so time follows sum(group_sizes), not M, and an empty group
-costs nothing. Tiles start at their group's first row; a tile's rows past the end of its group are masked.
+Each group's rows are cut into large tiles and a rest of small ones, so time follows sum(group_sizes), not M, an empty
+group costs nothing but its turn in the loop, and little is wasted on groups that fill no whole tile.
 """
 
-import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-ROW_TILE = 128
+from zeda_jax.ops.grouped_matmul.activation import swiglu_halves
+from zeda_jax.ops.grouped_matmul.varying import zeros
+
+# Rows of a large and of a small tile. Large ones amortise what a product spends on its matrix; small ones waste few
+# rows at a group's end. A tile of the weight product also pays for adding a whole [K, N] matrix: its rest is coarser.
+PRODUCT_TILES = (128, 16)
+WEIGHT_PRODUCT_TILES = (128, 32)
 
 
-def _tiles(
-  group_sizes: Int[Array, " G"], num_rows: int, tile: int
-) -> tuple[Int[Array, ""], Int[Array, " P"], Int[Array, " P"], Int[Array, " P"]]:
-  """The work list: number of live tiles, and group, first row and end row of each (P = the most there can be)."""
-  group_sizes = group_sizes.astype(jnp.int32)
+def _over_tiles(
+  tiles: tuple[int, int],
+  num_rows: int,
+  start: Int[Array, ""],
+  end: Int[Array, ""],
+  body: Callable[[Array, Array | None, Array], Array],
+  init: Array,
+) -> Array:
+  """Folds body(rows, mine, carry) over tiles that together cover the rows start .. end once.
+
+  `rows` are the tile's row numbers. `mine` [rows, 1] is None if all of them count, else True for those that do: the
+  last tile may reach past `end`, and one that would reach past the array is shifted back to end with it.
+  """
+  sizes = sorted({min(size, num_rows) for size in tiles}, reverse=True)
+  for size in sizes:
+    is_rest = size == sizes[-1]
+    count = (end - start + (size - 1 if is_rest else 0)) // size
+
+    def step(i: Array, carry: Array, size: int = size, is_rest: bool = is_rest, start: Array = start) -> Array:
+      at = start + i * size
+      if not is_rest:
+        return body(at + jnp.arange(size), None, carry)
+      rows = jnp.minimum(at, num_rows - size) + jnp.arange(size)
+      return body(rows, ((rows >= at) & (rows < end))[:, None], carry)
+
+    init = jax.lax.fori_loop(0, count, step, init)
+    start = start + count * size
+  return init
+
+
+def _over_groups(
+  group_sizes: Int[Array, " G"], body: Callable[[Array, Array, Array, Array], Array], init: Array
+) -> Array:
+  """Folds body(group, first row, end row, carry) over the groups that have rows."""
   ends = jnp.cumsum(group_sizes)
-  tiles_per_group = (group_sizes + tile - 1) // tile
-  tile_ends = jnp.cumsum(tiles_per_group)
-  most = -(-num_rows // tile) + group_sizes.shape[0]
-  index = jnp.arange(most, dtype=jnp.int32)
-  # group[i] = the group whose range of tiles holds i; equals repeat(arange(G), tiles_per_group).
-  group = jnp.minimum(jnp.searchsorted(tile_ends, index, side="right").astype(jnp.int32), group_sizes.shape[0] - 1)
-  within = index - (tile_ends - tiles_per_group)[group]
-  start = (ends - group_sizes)[group] + within * tile
-  return tile_ends[-1], group, start, jnp.minimum(start + tile, ends[group])
+  groups = jnp.flatnonzero(group_sizes, size=group_sizes.shape[0], fill_value=0)
+
+  def step(i: Array, carry: Array) -> Array:
+    group = groups[i]
+    return body(group, ends[group] - group_sizes[group], ends[group], carry)
+
+  return jax.lax.fori_loop(0, jnp.count_nonzero(group_sizes), step, init)
 
 
-def _slice_rows(x: Array, start: Array, tile: int) -> Array:
-  return jax.lax.dynamic_slice_in_dim(x, start, tile, axis=0)
+def _take(x: Float[Array, "M X"], rows: Int[Array, " R"], mine: Array | None = None) -> Float[Array, "R X"]:
+  """x[rows], rows being consecutive, with 0 where not mine."""
+  taken = jax.lax.dynamic_slice_in_dim(x, rows[0], rows.shape[0])
+  return taken if mine is None else jnp.where(mine, taken, 0)
 
 
-def _product(
-  lhs: Float[Array, "M K"], rhs: Array, group_sizes: Int[Array, " G"], transposed: bool, precision, dtype
-) -> Float[Array, "M N"]:
-  """rows of group g: lhs @ rhs[g], or lhs @ rhs[g].T where transposed."""
-  num_rows = lhs.shape[0]
-  tile = min(ROW_TILE, num_rows)
-  count, group, starts, ends = _tiles(group_sizes, num_rows, tile)
-  contract = ((1,), (1 if transposed else 0,))
-
-  def body(i, out):
-    # The last tiles of the array are shifted back to stay inside it, so rows before `starts` are masked as well.
-    first = jnp.minimum(starts[i], num_rows - tile)
-    rows = first + jnp.arange(tile)
-    mine = ((rows >= starts[i]) & (rows < ends[i]))[:, None]
-    weight = jax.lax.dynamic_index_in_dim(rhs, group[i], keepdims=False)
-    product = jax.lax.dot_general(
-      _slice_rows(lhs, first, tile), weight, (contract, ((), ())), precision=precision, preferred_element_type=dtype
-    )
-    merged = jnp.where(mine, product, _slice_rows(out, first, tile))
-    return jax.lax.dynamic_update_slice_in_dim(out, merged, first, axis=0)
-
-  width = rhs.shape[1 if transposed else 2]
-  return jax.lax.fori_loop(0, count, body, jnp.zeros((num_rows, width), dtype))
-
-
-def _weight_product(
-  lhs: Float[Array, "M K"], grad: Float[Array, "M N"], group_sizes: Int[Array, " G"], precision, dtype
-) -> Float[Array, "G K N"]:
-  """out[g] = lhs[rows of g].T @ grad[rows of g]."""
-  num_rows = lhs.shape[0]
-  tile = min(ROW_TILE, num_rows)
-  count, group, starts, ends = _tiles(group_sizes, num_rows, tile)
-
-  def body(i, out):
-    first = jnp.minimum(starts[i], num_rows - tile)
-    rows = first + jnp.arange(tile)
-    mine = ((rows >= starts[i]) & (rows < ends[i]))[:, None]
-    # Both sides are masked: 0 * NaN of an unused row would be NaN.
-    left = jnp.where(mine, _slice_rows(lhs, first, tile), 0)
-    right = jnp.where(mine, _slice_rows(grad, first, tile), 0)
-    product = jax.lax.dot_general(
-      left, right, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-    total = jax.lax.dynamic_index_in_dim(out, group[i], keepdims=False) + product
-    return jax.lax.dynamic_update_index_in_dim(out, total, group[i], axis=0)
-
-  out = jnp.zeros((group_sizes.shape[0], lhs.shape[1], grad.shape[1]), jnp.float32)
-  return jax.lax.fori_loop(0, count, body, out).astype(dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped_matmul(lhs, rhs, group_sizes, precision, dtype):
-  return _product(lhs, rhs, group_sizes, False, precision, dtype)
-
-
-def _forward(lhs, rhs, group_sizes, precision, dtype):
-  return _product(lhs, rhs, group_sizes, False, precision, dtype), (lhs, rhs, group_sizes)
-
-
-def _backward(precision, dtype, residuals, grad):
-  lhs, rhs, group_sizes = residuals
-  grad_lhs = _product(grad, rhs, group_sizes, True, precision, lhs.dtype)
-  grad_rhs = _weight_product(lhs, grad, group_sizes, precision, rhs.dtype)
-  return grad_lhs, grad_rhs, None
-
-
-_grouped_matmul.defvjp(_forward, _backward)
-
-
-def grouped_matmul(
+def _rows_product(
   lhs: Float[Array, "M K"],
   rhs: Float[Array, "G K N"],
   group_sizes: Int[Array, " G"],
+  precision: jax.lax.PrecisionLike,
+  dtype: jax.typing.DTypeLike,
+  transpose_rhs: bool,
+  width: int,
+  epilogue: Callable[[Array], Array],
+) -> Float[Array, "M W"]:
+  """epilogue(lhs[rows of g] @ rhs[g]) for every group, written to a [M, width] array of zeros."""
+  num_rows = lhs.shape[0]
+
+  def group(g: Array, start: Array, end: Array, out: Array) -> Array:
+    weight = jax.lax.dynamic_index_in_dim(rhs, g, keepdims=False)
+    if transpose_rhs:
+      # The slice is copied in any case; transposing that copy once is cheaper than transposing inside every product,
+      # which is what XLA would make of it without the barrier.
+      weight = jax.lax.optimization_barrier(weight.T)
+
+    def tile(rows: Array, mine: Array | None, out: Array) -> Array:
+      result = jnp.dot(_take(lhs, rows), weight, precision=precision, preferred_element_type=jnp.float32)
+      result = epilogue(result.astype(dtype))
+      if mine is not None:
+        result = jnp.where(mine, result, _take(out, rows))
+      return jax.lax.dynamic_update_slice_in_dim(out, result, rows[0], axis=0)
+
+    return _over_tiles(PRODUCT_TILES, num_rows, start, end, tile, out)
+
+  return _over_groups(group_sizes, group, zeros((num_rows, width), dtype, like=lhs))
+
+
+def product(
+  lhs: Float[Array, "M K"],
+  rhs: Array,
+  group_sizes: Int[Array, " G"],
   *,
-  precision: jax.lax.PrecisionLike = None,
-  preferred_element_type: jnp.dtype | None = None,
+  transpose_rhs: bool,
+  precision: jax.lax.PrecisionLike,
+  dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "M N"]:
-  """See `zeda_jax.grouped_matmul`."""
-  dtype = jnp.dtype(preferred_element_type or jnp.result_type(lhs, rhs))
-  return _grouped_matmul(lhs, rhs, group_sizes, precision, dtype)
+  """See `api.Backend`."""
+  width = rhs.shape[1 if transpose_rhs else 2]
+  return _rows_product(lhs, rhs, group_sizes, precision, dtype, transpose_rhs, width, lambda rows: rows)
+
+
+def swiglu(
+  lhs: Float[Array, "M K"],
+  gate_up: Float[Array, "G K 2F"],
+  group_sizes: Int[Array, " G"],
+  *,
+  precision: jax.lax.PrecisionLike,
+  dtype: jax.typing.DTypeLike,
+) -> Float[Array, "M F"]:
+  """See `api.Backend`."""
+  width = gate_up.shape[2] // 2
+  return _rows_product(lhs, gate_up, group_sizes, precision, dtype, False, width, swiglu_halves)
+
+
+def weight_product(
+  lhs: Float[Array, "M K"],
+  grad: Float[Array, "M N"],
+  group_sizes: Int[Array, " G"],
+  *,
+  precision: jax.lax.PrecisionLike,
+  dtype: jax.typing.DTypeLike,
+) -> Float[Array, "G K N"]:
+  """See `api.Backend`."""
+  shape = lhs.shape[1], grad.shape[1]
+
+  def group(g: Array, start: Array, end: Array, out: Array) -> Array:
+    def tile(rows: Array, mine: Array | None, total: Array) -> Array:
+      # Both sides are masked: 0 * NaN of an unused row would be NaN.
+      left, right = _take(lhs, rows, mine), _take(grad, rows, mine)
+      return total + jnp.dot(left.T, right, precision=precision, preferred_element_type=jnp.float32)
+
+    total = _over_tiles(WEIGHT_PRODUCT_TILES, lhs.shape[0], start, end, tile, zeros(shape, jnp.float32, like=lhs))
+    return jax.lax.dynamic_update_index_in_dim(out, total.astype(dtype), g, axis=0)
+
+  return _over_groups(group_sizes, group, zeros((group_sizes.shape[0], *shape), dtype, like=lhs))
