@@ -15,7 +15,7 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from zeda_jax.errors import ZedaError
-from zeda_jax.ops.grouped_matmul import ragged_dot, reference, tiled
+from zeda_jax.ops.grouped_matmul import pallas_gpu, ragged_dot, reference, tiled
 from zeda_jax.ops.grouped_matmul.activation import swiglu_halves
 from zeda_jax.ops.grouped_matmul.platforms import refuse_other_platforms
 from zeda_jax.ops.grouped_matmul.varying import vary_alike
@@ -41,12 +41,13 @@ class Backend(NamedTuple):
 
 
 BACKENDS = {
+  "pallas_gpu": Backend(pallas_gpu.product, pallas_gpu.weight_product, pallas_gpu.swiglu, ("cuda",)),
   "tiled": Backend(tiled.product, tiled.weight_product, tiled.swiglu),
   "ragged_dot": Backend(ragged_dot.product, ragged_dot.weight_product, ragged_dot.swiglu),
   "reference": Backend(reference.product, reference.weight_product, reference.swiglu),
 }
 # The best backend of a platform; every platform that is not named takes the last one.
-DEFAULTS: dict[str, str] = {}
+DEFAULTS: dict[str, str] = {"cuda": "pallas_gpu"}
 ELSEWHERE = "tiled"
 
 
