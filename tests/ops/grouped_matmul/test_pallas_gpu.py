@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect as triton_dialect
@@ -160,10 +161,11 @@ def abstract(*shape, dtype=jnp.bfloat16):
   return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def lower_for_cuda(function, *arguments):
+def lower_for_cuda(function, *arguments, axes=()):
   # Newer versions of JAX want to be told the device where there is none.
   device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, **PLATFORM)
-  mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+  types = (jax.sharding.AxisType.Auto,) * len(axes)
+  mesh = jax.sharding.AbstractMesh((1,) * len(axes), axes, types, abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
 
@@ -269,10 +271,9 @@ def test_arrays_past_4_gib_are_indexed_with_64_bits():
 
 
 def test_inside_shard_map_with_its_checks():
-  mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
   rows, whole = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
-  run = jax.shard_map(gradients, mesh=mesh, in_specs=(rows, whole, rows), out_specs=(rows, whole))
-  lowered = lower_for_cuda(run, abstract(17, 5), abstract(3, 5, 7), abstract(3, dtype=jnp.int32))
+  run = jax.shard_map(gradients, in_specs=(rows, whole, rows), out_specs=(rows, whole), check_vma=True)
+  lowered = lower_for_cuda(run, abstract(17, 5), abstract(3, 5, 7), abstract(3, dtype=jnp.int32), axes=("rows",))
   assert set(triton_kernels(lowered)) == {"_product_kernel", "_weight_product_kernel"}
 
 
@@ -282,7 +283,7 @@ def test_the_cost_is_that_of_a_dense_product_of_the_rows():
       if equation.primitive.name == "pallas_call":
         yield equation.params["cost_estimate"]
       else:
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
           yield from costs(inner)
 
   arguments = abstract(64, 48), abstract(3, 48, 40), abstract(3, dtype=jnp.int32)
