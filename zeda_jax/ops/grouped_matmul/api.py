@@ -15,7 +15,7 @@ from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from zeda_jax.errors import ZedaError
-from zeda_jax.ops.grouped_matmul import pallas_tpu, ragged_dot, reference, tiled
+from zeda_jax.ops.grouped_matmul import pallas_gpu, pallas_tpu, ragged_dot, reference, tiled
 from zeda_jax.ops.grouped_matmul.activation import swiglu_halves
 from zeda_jax.ops.grouped_matmul.platforms import refuse_other_platforms
 from zeda_jax.ops.grouped_matmul.varying import vary_alike
@@ -43,12 +43,13 @@ class Backend(NamedTuple):
 # A plain dictionary: an entry of your own, say one with other tiles for a kernel, can be named as a backend as well.
 BACKENDS = {
   "pallas_tpu": Backend(pallas_tpu.product, pallas_tpu.weight_product, pallas_tpu.swiglu, ("tpu",)),
+  "pallas_gpu": Backend(pallas_gpu.product, pallas_gpu.weight_product, pallas_gpu.swiglu, ("cuda",)),
   "tiled": Backend(tiled.product, tiled.weight_product, tiled.swiglu),
   "ragged_dot": Backend(ragged_dot.product, ragged_dot.weight_product, ragged_dot.swiglu),
   "reference": Backend(reference.product, reference.weight_product, reference.swiglu),
 }
 # The best backend of a platform; every platform that is not named takes the last one.
-DEFAULTS = {"tpu": "pallas_tpu"}
+DEFAULTS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
 ELSEWHERE = "tiled"
 
 
