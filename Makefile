@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow test-tpu-aot lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -23,11 +23,14 @@ help: ## this list
 demo: $(VENV)/.installed ## adapt the embedded tiny teacher and print the table (minutes on a laptop)
 	$(BIN)/zeda demo $(DEMO_FLAGS)
 
-test: lint ## ruff, mypy and the tests
+test: lint $(VENV)/.installed-libtpu ## ruff, mypy and the tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-dev ## the tests marked slow: minutes of work or gigabytes of disk
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+test-tpu-aot: $(VENV)/.installed-dev $(VENV)/.installed-libtpu ## compile for TPUs on this machine, which needs none
+	$(BIN)/python -m pytest -m tpu_aot $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev ## ruff and mypy alone
 	$(BIN)/ruff check .
@@ -57,3 +60,13 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@echo "Installing zeda-jax and its development tools into $(VENV) (some minutes the first time)"
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+# The TPU compiler (690 MB on disk) lies beside the environment's packages, not among them: among them, every program on
+# the CPU would look for a TPU first. Where there is no wheel of it (macOS, Windows), its tests are skipped.
+$(VENV)/.installed-libtpu: pyproject.toml | $(VENV)/.installed-dev
+	@echo "Installing the TPU compiler into $(VENV)/libtpu"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps --upgrade --target $(VENV)/libtpu \
+	  "$$($(BIN)/python -c 'from importlib.metadata import requires; \
+	  print(next(r.split(";")[0] for r in requires("jax") if r.startswith("libtpu")))')" \
+	  || echo "There is no libtpu for this machine: the tests that compile for TPUs are skipped."
+	@touch $@

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.tiny_models import tiny_config
+from zeda_jax.models import moe
 from zeda_jax.models.moe import MoELayer, run_experts
-from zeda_jax.ops.grouped_matmul import tiled
 
 TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 150, 3, 5, 8, 6
 
@@ -84,25 +84,38 @@ def test_a_token_with_nan_does_not_touch_the_others():
 
 
 def test_work_follows_the_picks_that_are_left(monkeypatch):
-  counts = []
-  real = tiled._tiles
+  """Both products get group sizes that count the picks of normal experts, and nothing else."""
+  seen = []
 
-  def counting(*args):
-    tiles = real(*args)
-    jax.debug.callback(lambda count: counts.append(int(count)), tiles[0])
-    return tiles
+  def counting(function):
+    def counted(lhs, rhs, group_sizes):
+      jax.debug.callback(lambda sizes: seen.append(np.asarray(sizes)), group_sizes)
+      return function(lhs, rhs, group_sizes)
 
-  monkeypatch.setattr(tiled, "_tiles", counting)
-  monkeypatch.setattr(tiled, "ROW_TILE", 8)
+    return counted
+
+  monkeypatch.setattr(moe, "grouped_swiglu", counting(moe.grouped_swiglu))
+  monkeypatch.setattr(moe, "grouped_matmul", counting(moe.grouped_matmul))
   run = jax.jit(lambda *args: run_experts(*args))
   rng, x, weights, gate_up, down, _ = inputs()
   for zero_share in (0.0, 0.5, 0.9, 1.0):
     picks, is_zero = distinct_picks(rng, zero_share)
-    counts.clear()
+    seen.clear()
     jax.block_until_ready(run(x, picks, weights, gate_up, down))
     jax.effects_barrier()
     per_expert = np.bincount(picks[~is_zero], minlength=EXPERTS)
-    assert counts == [sum(-(-per_expert // 8))] * 2
+    assert len(seen) == 2
+    for sizes in seen:
+      np.testing.assert_array_equal(sizes, per_expert)
+
+
+def test_no_array_of_all_slots_of_all_tokens_but_the_sorted_rows():
+  """The [T * K, H] rows and results exist once each; no [T, K, H] array and no [T * K, 2F] product beside them."""
+  _, x, weights, gate_up, down, _ = inputs()
+  picks = np.zeros((TOKENS, TOP_K), np.int32)
+  program = jax.jit(run_experts).lower(x, picks, weights, gate_up, down).as_text()
+  assert f"tensor<{TOKENS}x{TOP_K}x{HIDDEN}xf32>" not in program
+  assert f"tensor<{TOKENS * TOP_K}x{2 * INNER}xf32>" not in program
 
 
 def test_the_router_sees_every_token_and_padding_takes_no_expert():

@@ -13,14 +13,17 @@ from jaxtyping import Array, Float, Int
 from zeda_jax.ops.grouped_matmul.activation import swiglu_halves
 from zeda_jax.ops.grouped_matmul.varying import zeros
 
-# Rows of a large and of a small tile. Large ones amortise what a product spends on its matrix; small ones waste few
-# rows at a group's end. A tile of the weight product also pays for adding a whole [K, N] matrix: its rest is coarser.
-PRODUCT_TILES = (128, 16)
+# Rows of the tiles: one size as often as it fits, then smaller ones for the rest. Large tiles amortise what a product
+# spends on packing its matrix; small ones waste few rows at a group's end. The larger the matrix, the more is spent on
+# packing it, so the rest of a large one takes several sizes, each at most once, instead of many of the smallest.
+SMALL_MATRIX = 2**20  # numbers
+PRODUCT_TILES = {"small": (128, 16), "large": (128, 64, 32, 16)}
+# A tile of the weight product also pays for adding a whole [K, N] matrix, so its rest is coarser.
 WEIGHT_PRODUCT_TILES = (128, 32)
 
 
 def _over_tiles(
-  tiles: tuple[int, int],
+  tiles: tuple[int, ...],
   num_rows: int,
   start: Int[Array, ""],
   end: Int[Array, ""],
@@ -81,6 +84,7 @@ def _rows_product(
 ) -> Float[Array, "M W"]:
   """epilogue(lhs[rows of g] @ rhs[g]) for every group, written to a [M, width] array of zeros."""
   num_rows = lhs.shape[0]
+  tiles = PRODUCT_TILES["small" if rhs[0].size <= SMALL_MATRIX else "large"]
 
   def group(g: Array, start: Array, end: Array, out: Array) -> Array:
     weight = jax.lax.dynamic_index_in_dim(rhs, g, keepdims=False)
@@ -96,7 +100,7 @@ def _rows_product(
         result = jnp.where(mine, result, _take(out, rows))
       return jax.lax.dynamic_update_slice_in_dim(out, result, rows[0], axis=0)
 
-    return _over_tiles(PRODUCT_TILES, num_rows, start, end, tile, out)
+    return _over_tiles(tiles, num_rows, start, end, tile, out)
 
   return _over_groups(group_sizes, group, zeros((num_rows, width), dtype, like=lhs))
 

@@ -101,6 +101,8 @@ def weight_product_tiles(
   def num_bytes(block_k: int, block_n: int) -> int:
     return 2 * block_m * (block_k + block_n) * size + block_k * block_n * (2 * out_size + 4)
 
-  fitting = [(k, n) for k in _choices(size_k) for n in _choices(size_n, halves=True) if num_bytes(k, n) <= BLOCKS_BUDGET]
+  fitting = [
+    (k, n) for k in _choices(size_k) for n in _choices(size_n, halves=True) if num_bytes(k, n) <= BLOCKS_BUDGET
+  ]
   block_k, block_n = max(fitting, key=lambda kn: (kn[0] * kn[1], min(kn)))
   return Tiles(block_m, sub_m, block_k, block_n)
