@@ -253,9 +253,11 @@ def _expand(
   pieces: tuple[Piece, ...] = ()
   if row.zero_path is not None and config.is_dynamic:
     normal, zero = config.num_experts, config.num_zero_experts
+    # The rows of a vector are its last axis.
+    widths = [(0, count) if len(shape) == 1 else columns for count in (normal, zero)]
     pieces = (
-      Piece(_path(prefix + row.path), index, 0, normal, columns, row.transpose),
-      Piece(_path(prefix + row.zero_path), index, normal, zero, columns, row.transpose),
+      Piece(_path(prefix + row.path), index, 0, normal, widths[0], row.transpose),
+      Piece(_path(prefix + row.zero_path), index, normal, zero, widths[1], row.transpose),
     )
   elif expert is None or expert < config.num_experts:
     pieces = (Piece(_path(prefix + row.path), index, 0, None, columns, row.transpose),)
