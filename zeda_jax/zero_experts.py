@@ -39,7 +39,7 @@ __all__ = [
 class Routing(NamedTuple):
   """Where each token goes. E = N + N_Z; ids >= N mean "no expert", whether a zero expert or a dropped pick."""
 
-  scores: Float[Array, "T E"]  # each row sums to 1, as the balance losses want them
+  scores: Float[Array, "T E"]  # for the balance losses, which want rows that sum to 1 (see models/moe.py, Router)
   picks: Int[Array, "T K"]
   weights: Float[Array, "T K"]
 

@@ -11,7 +11,8 @@ zero ratio r:
   experts                6 (1 - r) K l H H_e
 
 Beyond the paper, counted alike: shared experts (6 l H H_e each, never skipped) and multi-head latent attention. With
-N_h heads of D = nope + P query dimensions (P rotary) and V value dimensions, latents of R (keys, values) and R_q (queries):
+N_h heads of D = nope + P query dimensions (P rotary) and V value dimensions, latent ranks R (keys, values) and R_q
+(queries):
 
   latent, prefill        2 l^2 N_h (D + V)         + projections         (expanded: keys and values of every head)
   latent, decode         l (l-1) N_h (2 R + P)     + projections         (absorbed: every head reads the latents)
