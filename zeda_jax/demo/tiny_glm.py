@@ -21,9 +21,7 @@ from zeda_jax.errors import ZedaError
 # Minutes, not the three quarters of an hour of the demo's own teacher: math stays far from perfect.
 PHASES = (Phase(2400, 1200, 3e-3, {"math": 0.4, "code": 0.3, "instruction": 0.3}),)
 TRAIN_EXAMPLES = {"math": 60_000, "code": 30_000, "instruction": 30_000}
-CARD = (
-  "# A tiny GLM-4.7-Flash\n\nMade by `python -m zeda_jax.demo.tiny_glm`; it knows the demo's tasks and nothing else.\n"
-)
+CARD = "# A tiny GLM-4.7-Flash\n\nMade by `python -m zeda_jax.demo.tiny_glm`; it knows the demo's tasks alone.\n"
 LEAST_SKIPPED, MOST_LOST = 0.5, 1.5  # share of the answers' picks; points
 
 
@@ -57,6 +55,9 @@ def run(workdir: str | pathlib.Path, seed: int = 0, held_out: int = 500, train_p
     save_teacher(train(PHASES, seed=seed, train_examples=TRAIN_EXAMPLES, config=tiny_glm_config()), teacher, CARD)
   config = demo_config(workdir / "main", seed)
   config.update(teacher=str(teacher), prompts=str(data / "train.jsonl"), scan_unroll=3)
+  # A sigmoid's slope is gentler than a softmax's: zero experts are learnt more slowly, and aimed for higher.
+  for stage, learning_rate in ((config.sft, 5e-4), (config.opd, 1e-4)):
+    stage.weight, stage.optimizer.learning_rate = 3.0, learning_rate
   config.evaluate.update(
     prompts=str(data / "held-out.jsonl"),
     num_prompts=3 * held_out,
