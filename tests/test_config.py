@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from zeda_jax.config import LayerRun, ModelConfig, RopeConfig, from_hf, read_config, to_hf
+from tests.tiny_models import GLM_4_7_FLASH
+from zeda_jax.config import LayerRun, MLAConfig, ModelConfig, RopeConfig, from_hf, read_config, to_hf
 from zeda_jax.errors import ZedaError
 
 OLD = {  # as transformers 4 wrote Qwen3-30B-A3B
@@ -42,6 +43,67 @@ OLD = {  # as transformers 4 wrote Qwen3-30B-A3B
   "use_cache": True,
   "use_sliding_window": False,
   "vocab_size": 151936,
+}
+GLM = {  # the published GLM-4.7-Flash
+  "architectures": ["Glm4MoeLiteForCausalLM"],
+  "attention_bias": False,
+  "attention_dropout": 0.0,
+  "dtype": "bfloat16",
+  "eos_token_id": [154820, 154827, 154829],
+  "first_k_dense_replace": 1,
+  "hidden_act": "silu",
+  "hidden_size": 2048,
+  "intermediate_size": 10240,
+  "kv_lora_rank": 512,
+  "max_position_embeddings": 202752,
+  "model_type": "glm4_moe_lite",
+  "moe_intermediate_size": 1536,
+  "n_group": 1,
+  "n_routed_experts": 64,
+  "n_shared_experts": 1,
+  "norm_topk_prob": True,
+  "num_attention_heads": 20,
+  "num_experts_per_tok": 4,
+  "num_hidden_layers": 47,
+  "num_key_value_heads": 20,
+  "num_nextn_predict_layers": 1,
+  "pad_token_id": 154820,
+  "partial_rotary_factor": 1.0,
+  "q_lora_rank": 768,
+  "qk_nope_head_dim": 192,
+  "qk_rope_head_dim": 64,
+  "rms_norm_eps": 1e-05,
+  "rope_scaling": None,
+  "rope_theta": 1000000,
+  "routed_scaling_factor": 1.8,
+  "tie_word_embeddings": False,
+  "topk_group": 1,
+  "topk_method": "noaux_tc",
+  "v_head_dim": 256,
+  "vocab_size": 154880,
+}
+OLMOE = {  # OLMoE-1B-7B-0924
+  "architectures": ["OlmoeForCausalLM"],
+  "attention_bias": False,
+  "clip_qkv": None,
+  "eos_token_id": 50279,
+  "hidden_act": "silu",
+  "hidden_size": 2048,
+  "intermediate_size": 1024,
+  "max_position_embeddings": 4096,
+  "model_type": "olmoe",
+  "norm_topk_prob": False,
+  "num_attention_heads": 16,
+  "num_experts": 64,
+  "num_experts_per_tok": 8,
+  "num_hidden_layers": 16,
+  "num_key_value_heads": 16,
+  "rms_norm_eps": 1e-05,
+  "rope_scaling": None,
+  "rope_theta": 10000.0,
+  "tie_word_embeddings": False,
+  "torch_dtype": "bfloat16",
+  "vocab_size": 50304,
 }
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
 
@@ -121,6 +183,75 @@ def test_dense_layers():
   )
 
 
+# --- GLM-4.7-Flash, OLMoE -----------------------------------------------------------------------------------------
+
+
+def test_glm_4_7_flash():
+  config = from_hf(GLM)
+  assert config == GLM_4_7_FLASH
+  assert config.layer_runs == (LayerRun(False, 0, 1), LayerRun(True, 1, 46))
+  assert (config.rope_dim, config.mla.rope_interleave) == (64, True)
+
+
+def glm_without(*names: str) -> dict:
+  return {key: value for key, value in GLM.items() if key not in names}
+
+
+def test_a_glm_of_transformers_5_means_the_same():
+  new = glm_without("first_k_dense_replace", "rope_theta", "rope_scaling", "partial_rotary_factor", "topk_method")
+  rope = {"rope_theta": 1000000, "rope_type": "default", "partial_rotary_factor": 1.0}
+  new |= {"mlp_layer_types": ["dense"] + ["sparse"] * 46, "rope_parameters": rope, "rope_interleave": True}
+  assert from_hf(new) == from_hf(GLM)
+
+
+def test_dense_layers_of_a_glm():
+  layers = lambda **changes: from_hf(GLM | {"num_hidden_layers": 3} | changes).moe_layers
+  assert layers(first_k_dense_replace=0) == (True, True, True)
+  assert layers(first_k_dense_replace=2) == (False, False, True)
+  # What transformers 5 saves holds both, and it reads the types.
+  assert layers(first_k_dense_replace=2, mlp_layer_types=["dense", "sparse", "sparse"]) == (False, True, True)
+  assert from_hf(glm_without("first_k_dense_replace")).moe_layers == (False,) + (True,) * 46  # transformers' default
+
+
+def test_defaults_of_a_glm_are_those_of_transformers():
+  names = ("norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "n_shared_experts", "rms_norm_eps")
+  assert from_hf(glm_without(*names, "first_k_dense_replace")) == from_hf(GLM)
+  assert from_hf(glm_without("q_lora_rank")).mla == MLAConfig(512, 192, 64, 256, None)
+
+
+def test_olmoe():
+  config = from_hf(OLMOE)
+  assert (config.num_experts, config.moe_intermediate_size, config.moe_layers) == (64, 1024, (True,) * 16)
+  assert (config.scoring, config.norm_topk_prob, config.qk_norm) == ("softmax", False, "projection")
+  assert config.clip_qkv is None
+  assert (config.head_dim, config.num_kv_heads, config.rms_norm_eps) == (128, 16, 1e-5)
+  assert from_hf(OLMOE | {"num_key_value_heads": None}) == config
+  assert from_hf(OLMOE | {"clip_qkv": 8}).clip_qkv == 8.0
+
+
+@pytest.mark.parametrize("raw", [GLM, OLMOE], ids=["glm", "olmoe"])
+def test_other_architectures_come_out_as_they_went_in(raw):
+  assert to_hf(from_hf(raw)) == raw
+  key = "n_routed_experts" if raw is GLM else "num_experts"
+  config = from_hf(raw).replace(num_zero_experts=32)
+  dynamic = to_hf(config)
+  assert dynamic["model_type"] == raw["model_type"] + "_plus_plus"
+  assert dynamic["architectures"] == [raw["architectures"][0].replace("ForCausalLM", "PlusPlusForCausalLM")]
+  assert (dynamic[key], dynamic["zce_nums"]) == (64, [32])
+  assert from_hf(dynamic) == config
+  assert to_hf(config, format="plain") == raw | {key: 96}
+  bare = config.replace(hf_config={})
+  assert from_hf(to_hf(bare)) == config
+
+
+def test_groups_have_no_plain_format():
+  grouped = from_hf(GLM | {"n_group": 8, "topk_group": 4})
+  assert (grouped.num_groups, grouped.top_groups) == (8, 4)
+  assert to_hf(grouped, format="plain")["n_group"] == 8  # static: nothing to say
+  with pytest.raises(ZedaError, match=r"picks from 4 of 8 groups of experts \(n_group\)"):
+    to_hf(grouped.replace(num_zero_experts=32), format="plain")
+
+
 # --- to_hf --------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +317,23 @@ BAD = {
   "zero experts in a static model": (OLD | {"zce_nums": [64]}, r"zce_nums is \[64\] but model_type names a static"),
   "copy experts": (DYNAMIC | {"zce_types": ["copy"]}, r"zce_types is \['copy'\]; only \[\"zero\"\]"),
   "no zero experts": (DYNAMIC | {"zce_nums": [0]}, r"zce_nums is \[0\]; expected a list of one positive"),
+  "glm without experts": (glm_without("n_routed_experts"), "n_routed_experts or num_local_experts is missing"),
+  "glm without latents": (glm_without("kv_lora_rank"), "kv_lora_rank is missing; it is needed to read a glm4_moe_lite"),
+  "glm rank": (GLM | {"q_lora_rank": 0}, "q_lora_rank is 0; expected a whole number of at least 1"),
+  "glm key heads": (GLM | {"num_key_value_heads": 4}, "num_key_value_heads is 4, but latent attention has as many"),
+  "glm odd rotation": (GLM | {"qk_rope_head_dim": 63}, "qk_rope_head_dim is 63; expected an even number"),
+  "glm partial rotation": (GLM | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1.0 is"),
+  "glm other router": (GLM | {"topk_method": "greedy"}, "topk_method is 'greedy'; only noaux_tc is supported"),
+  "glm other scores": (GLM | {"scoring_func": "softmax"}, "scoring_func is 'softmax'; only sigmoid is supported"),
+  "glm scale": (GLM | {"routed_scaling_factor": "1.8"}, "routed_scaling_factor is '1.8'; expected a number"),
+  "glm unequal groups": (GLM | {"n_group": 7}, "n_group is 7; expected to split the 64 experts into equal groups"),
+  "glm groups of one": (GLM | {"n_group": 64}, "n_group is 64; expected to split .* of at least 2"),
+  "glm too many groups": (GLM | {"n_group": 4, "topk_group": 5}, "topk_group is 5, more than the 4 groups"),
+  "glm small groups": (GLM | {"n_group": 32}, "topk_group is 1: so many groups hold 2 experts, fewer than the 4"),
+  "glm layer types": (GLM | {"mlp_layer_types": ["dense"]}, "mlp_layer_types is .*expected 47 times 'dense' or"),
+  "glm dense": (GLM | {"first_k_dense_replace": 47}, "mlp_layer_types or first_k_dense_replace leave no MoE layer"),
+  "glm shared": (GLM | {"n_shared_experts": 0}, "n_shared_experts is 0; expected a whole number of at least 1"),
+  "olmoe clip": (OLMOE | {"clip_qkv": True}, "clip_qkv is True; expected a number"),
   "two kinds": (DYNAMIC | {"zce_nums": [3, 4]}, r"zce_nums is \[3, 4\]; expected a list of one positive"),
 }
 

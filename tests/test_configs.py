@@ -45,6 +45,15 @@ def test_the_paper_s_settings():
   assert evaluation.max_new_tokens == 38912
 
 
+def test_glm_differs_in_zero_experts_and_the_rate_of_opd():
+  glm, qwen = parsed("glm_4_7_flash.py").to_dict(), parsed("qwen3_30b_a3b.py").to_dict()
+  assert glm["student"].pop("num_zero_experts") == 32
+  assert glm["opd"]["optimizer"].pop("learning_rate") == 1e-6
+  qwen["student"].pop("num_zero_experts")
+  qwen["opd"]["optimizer"].pop("learning_rate")
+  assert glm == qwen
+
+
 def test_the_paper_s_settings_are_the_defaults():
   """Nobody's own config file falls below them by leaving something out."""
   paper = parsed("qwen3_30b_a3b.py").to_dict()

@@ -10,6 +10,7 @@ import pytest
 import zeda_jax
 from zeda_jax.errors import ZedaError
 from zeda_jax.zero_experts import (
+  choice_scores,
   expert_balance_loss,
   group_balance_loss,
   new_router_rows,
@@ -195,6 +196,100 @@ def test_routing_equals_numpy(normalize, execute, beta):
     assert (expected_picks == N + NZ).any()  # something was dropped
 
 
+def sigmoid(x):
+  return (1 / (1 + np.exp(-x.astype(np.float64)))).astype(np.float32)
+
+
+def plain_sigmoid_route(scores, n, k, correction, groups, top_groups, normalize, scaling, execute, beta):
+  """One token after another: groups first, then the best of score + correction, weights of the scores alone."""
+  picks, weights = np.full((len(scores), k), scores.shape[1]), np.zeros((len(scores), k))
+  for t, row in enumerate(scores):
+    choice = row + correction
+    sums = [np.sort(part)[-2:].sum() for part in np.split(choice[:n], groups)]
+    allowed = sorted(range(groups), key=lambda g: -sums[g])[:top_groups]
+    open_to = [e for e in range(len(row)) if e >= n or e // (n // groups) in allowed]
+    chosen = sorted(open_to, key=lambda e: -choice[e])[:k]
+    most = max(row[e] for e in chosen)
+    kept = [e for e in chosen if row[e] >= beta * most]
+    total = sum(float(row[e]) for e in kept) if normalize else 1.0
+    for slot, expert in enumerate(chosen):
+      if expert in kept and (execute is None or slot < execute):
+        picks[t, slot], weights[t, slot] = expert, scaling * row[expert] / total
+  return picks, weights
+
+
+@pytest.mark.parametrize("zero", [0, 5])
+@pytest.mark.parametrize(
+  ("groups", "top_groups", "normalize", "scaling", "execute", "beta"),
+  [
+    (1, 1, True, 1.8, None, 0.0),
+    (1, 1, False, 1.0, 2, 0.0),
+    (4, 2, True, 1.8, None, 0.0),
+    (4, 2, True, 1.8, 2, 0.0),
+    (2, 1, True, 1.8, None, np.float32(0.7)),
+    (3, 3, False, 0.5, None, 0.0),
+  ],
+)
+def test_sigmoid_routing_equals_numpy(zero, groups, top_groups, normalize, scaling, execute, beta):
+  n, k = 12, 4
+  rng = np.random.default_rng(0)
+  logits = rng.standard_normal((200, n + zero)).astype(np.float32)
+  correction = (0.3 * rng.standard_normal(n + zero)).astype(np.float32)
+  scores = router_scores(logits[:, :n], logits[:, n:] if zero else None, scoring="sigmoid")
+  np.testing.assert_allclose(scores, sigmoid(logits), rtol=1e-5)
+  found = route(
+    scores,
+    k,
+    n,
+    correction=jnp.asarray(correction),
+    num_groups=groups,
+    top_groups=top_groups,
+    normalize=normalize,
+    scaling=scaling,
+    execute_top_k=execute,
+    skip_threshold=float(beta),
+  )
+  plain = plain_sigmoid_route(
+    np.asarray(scores), n, k, correction, groups, top_groups, normalize, scaling, execute, beta
+  )
+  np.testing.assert_array_equal(found.picks, plain[0])
+  np.testing.assert_allclose(found.weights, plain[1], rtol=1e-5)
+  assert (best(np.asarray(scores), k) != found.picks).any()  # the bias changes the choice
+  if zero:
+    assert ((plain[0] >= n) & (plain[0] < n + zero)).any()  # zero experts compete, whatever the groups
+
+
+def test_a_masked_zero_expert_is_not_brought_back_by_its_bias():
+  logits, zero = np.full((1, 4), -80.0, np.float32), np.full((1, 2), 5.0, np.float32)
+  correction = jnp.array([-1.0, -1.0, -1.0, -1.0, 9.0, 9.0])
+  masked = router_scores(logits, zero, -jnp.inf, scoring="sigmoid")
+  np.testing.assert_array_equal(masked[:, :4], router_scores(logits, None, scoring="sigmoid"))
+  np.testing.assert_array_equal(choice_scores(masked, 4, correction)[0, 4:], -np.inf)
+  np.testing.assert_array_equal(route(masked, 2, 4, correction=correction).picks, [[0, 1]])
+  unmasked = router_scores(logits, zero, scoring="sigmoid")
+  np.testing.assert_array_equal(route(unmasked, 2, 4, correction=correction).picks, [[4, 5]])
+
+
+def test_no_gradient_reaches_the_correction_bias_and_the_weights_have_theirs():
+  rng = np.random.default_rng(0)
+  logits, correction = rng.standard_normal((20, 8)).astype(np.float32), rng.standard_normal(8).astype(np.float32)
+  weight = rng.standard_normal((20, 3)).astype(np.float32)
+
+  def total(logits, correction):
+    scores = router_scores(logits[:, :6], logits[:, 6:], scoring="sigmoid")
+    return (route(scores, 3, 6, correction=correction, scaling=1.8).weights * weight).sum()
+
+  on_logits, on_correction = jax.grad(total, argnums=(0, 1))(logits, correction)
+  np.testing.assert_array_equal(on_correction, 0)
+  picks = route(router_scores(logits[:, :6], logits[:, 6:], scoring="sigmoid"), 3, 6, correction=correction).picks
+
+  def by_hand(logits):  # the picks as constants
+    picked = jnp.take_along_axis(jax.nn.sigmoid(logits), picks, axis=1)
+    return (1.8 * picked / picked.sum(axis=1, keepdims=True) * weight).sum()
+
+  np.testing.assert_allclose(on_logits, jax.grad(by_hand)(logits), rtol=1e-4, atol=1e-6)
+
+
 jitted_route = jax.jit(lambda a, b, bias: route(router_scores(a, b, bias), 3, 5))
 
 
@@ -298,6 +393,19 @@ def test_new_rows_keep_the_type_and_the_old_rows():
   np.testing.assert_array_equal(narrow, before)
   wide = new_router_rows(narrow.astype(np.float32), 3, 0, 0)
   np.testing.assert_array_equal(new, wide.astype(jnp.bfloat16))
+
+
+def test_a_bias_is_widened_by_the_mean_and_deviation_of_its_numbers():
+  bias = np.random.default_rng(0).normal(7.0, 0.3, 64).astype(np.float32)
+  new = new_router_rows(bias, 20000, seed=0, layer=0)
+  assert new.shape == (20000,)
+  assert new.dtype == np.float32
+  np.testing.assert_allclose(new.mean(), bias.mean(), atol=0.01)
+  np.testing.assert_allclose(new.std(), bias.std(ddof=1), rtol=0.03)
+  # It does not repeat the numbers that the rows of the same layer are made of.
+  row = new_router_rows(bias[:, None], 20000, seed=0, layer=0)[:, 0]
+  assert abs(np.corrcoef(row, new)[0, 1]) < 0.03
+  np.testing.assert_array_equal(new_router_rows(bias, 5, 1, 2), new_router_rows(bias, 5, 1, 2))
 
 
 @pytest.mark.parametrize("count", [0, -2])

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from zeda_jax.config import ModelConfig
+from zeda_jax.config import MLAConfig, ModelConfig, RopeConfig
 from zeda_jax.models.decoder import Decoder, DecoderOutput, abstract_decoder
 from zeda_jax.models.params import merge_model, split_model
 
@@ -28,19 +29,69 @@ QWEN3_30B_A3B = ModelConfig(
   moe_layers=(True,) * 48,
 )
 
-TINY = {
+GLM_4_7_FLASH = ModelConfig(
+  model_type="glm4_moe_lite",
+  vocab_size=154880,
+  hidden_size=2048,
+  num_heads=20,
+  num_kv_heads=20,
+  head_dim=256,
+  mla=MLAConfig(kv_lora_rank=512, nope_head_dim=192, rope_head_dim=64, v_head_dim=256, q_lora_rank=768),
+  intermediate_size=10240,
+  moe_intermediate_size=1536,
+  num_experts=64,
+  num_experts_per_tok=4,
+  num_shared_experts=1,
+  moe_layers=(False,) + (True,) * 46,
+  scoring="sigmoid",
+  routed_scaling_factor=1.8,
+  rms_norm_eps=1e-5,
+  rope=RopeConfig(theta=1e6),
+  max_position_embeddings=202752,
+  dtype="bfloat16",
+)
+
+_ANY = {
   "vocab_size": 64,
   "hidden_size": 32,
-  "intermediate_size": 48,
   "num_hidden_layers": 2,
   "num_attention_heads": 4,
-  "num_key_value_heads": 2,
-  "head_dim": 16,
-  "num_experts": 6,
   "num_experts_per_tok": 2,
-  "moe_intermediate_size": 24,
   "max_position_embeddings": 128,
-  "norm_topk_prob": True,
+}
+# transformers' config by model_type
+TINY = {
+  "qwen3_moe": {
+    **_ANY,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 6,
+    "norm_topk_prob": True,
+  },
+  "glm4_moe_lite": {
+    **_ANY,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 24,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 6,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 14,
+    "bos_token_id": None,
+    "eos_token_id": None,
+  },
+  "olmoe": {
+    **_ANY,
+    "intermediate_size": 24,
+    "num_key_value_heads": 2,
+    "num_experts": 6,
+    "pad_token_id": None,
+    "eos_token_id": None,
+  },
 }
 
 CONFIG = ModelConfig(
@@ -59,6 +110,18 @@ CONFIG = ModelConfig(
 )
 
 
+GLM: dict[str, Any] = {  # what makes CONFIG a GLM
+  "model_type": "glm4_moe_lite",
+  "num_kv_heads": 4,
+  "head_dim": 18,
+  "mla": MLAConfig(kv_lora_rank=20, nope_head_dim=10, rope_head_dim=8, v_head_dim=14, q_lora_rank=12),
+  "moe_layers": (False, True),
+  "scoring": "sigmoid",
+  "routed_scaling_factor": 1.8,
+  "num_shared_experts": 1,
+}
+
+
 def tiny_config(**changes: Any) -> ModelConfig:
   return dataclasses.replace(CONFIG, **changes)
 
@@ -72,9 +135,17 @@ def tiny_model(seed: int = 0, **changes: Any) -> Decoder:
     noise = rng.standard_normal(leaf.shape, np.float32)
     if path[-1].key == "scale":
       return jnp.asarray(1 + np.float32(0.3) * noise)
+    if "correction_bias" in path[-1].key:
+      return jnp.asarray(np.float32(0.2) * noise)
     return jnp.asarray(np.float32(0.5 if "router" in jax.tree_util.keystr(path) else 0.2) * noise)
 
   return merge_model(graphdef, jax.tree_util.tree_map_with_path(draw, params))
+
+
+def layer_of(stacked: Any, place: int = 0) -> Any:
+  """One layer of the stacked modules that a run of a decoder holds."""
+  graphdef, state = nnx.split(stacked)
+  return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[place], state))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -89,18 +160,25 @@ def forward(
   return _forward(*split_model(model), tokens, segment_ids, positions, zero_expert_bias)
 
 
-def hf_model(seed: int = 0, dtype: str = "float32", **changes: Any) -> Any:
-  """A stock transformers model in evaluation mode; biases and norm scales are perturbed, for they start at 0 and 1."""
+def hf_model(seed: int = 0, dtype: str = "float32", model_type: str = "qwen3_moe", **changes: Any) -> Any:
+  """A stock transformers model in evaluation mode; biases and norm scales are perturbed, for they start at 0 and 1.
+
+  Correction biases are as large as differences of scores, and float32 whatever the dtype, as in real checkpoints.
+  """
   import torch
-  from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+  from transformers import AutoConfig, AutoModelForCausalLM
 
   torch.manual_seed(seed)
-  model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(TINY | changes)))
+  model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(TINY[model_type] | changes)))
   for name, parameter in model.named_parameters():
     parameter.data.normal_(0, 0.3 if "norm" in name else 0.2)
     if "norm" in name:
       parameter.data.add_(1)
-  return model.to(getattr(torch, dtype)).eval()
+  model = model.to(getattr(torch, dtype)).eval()
+  for name, buffer in model.named_buffers():
+    if name.endswith("e_score_correction_bias"):
+      buffer.data = torch.empty_like(buffer, dtype=torch.float32).normal_(0, 0.2)
+  return model
 
 
 def hf_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
@@ -116,7 +194,12 @@ def to_old_dialect(path: pathlib.Path) -> None:
   rope = raw.pop("rope_parameters")
   raw["rope_theta"] = rope.pop("rope_theta")
   raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope | {"type": rope.pop("rope_type")}
-  raw["num_experts"] = raw.pop("num_local_experts")
+  if "num_local_experts" in raw:
+    raw["num_experts"] = raw.pop("num_local_experts")
+  if "mlp_layer_types" in raw:
+    dense = raw["mlp_layer_types"].count("dense")
+    assert raw.pop("mlp_layer_types") == ["dense"] * dense + ["sparse"] * (raw["num_hidden_layers"] - dense)
+    raw["first_k_dense_replace"] = dense
   raw["torch_dtype"] = raw.pop("dtype")
   (path / "config.json").write_text(json.dumps(raw))
 

@@ -6,13 +6,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from zeda_jax.architectures import ARCHITECTURES, Fields, MLAConfig
 from zeda_jax.errors import ZedaError
+
+__all__ = ["LayerRun", "MLAConfig", "ModelConfig", "RopeConfig", "from_hf", "read_config", "to_hf"]
 
 # Dynamic checkpoints (zero experts in the router) carry their own model_type so that an engine that does not
 # know zero experts refuses them instead of reading a router that is too wide.
 DYNAMIC_SUFFIX = "_plus_plus"
-ARCHITECTURES = {"qwen3_moe": "Qwen3MoeForCausalLM"}
-DYNAMIC_ARCHITECTURES = {"qwen3_moe": "Qwen3MoePlusPlusForCausalLM"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,17 @@ class ModelConfig:
   num_experts_per_tok: int
   moe_layers: tuple[bool, ...]
   num_zero_experts: int = 0
+  # The router (see zero_experts.route):
+  scoring: str = "softmax"  # or "sigmoid", whose picks a correction bias per expert decides with the score
   norm_topk_prob: bool = True
+  routed_scaling_factor: float = 1.0  # of the routed experts' output
+  num_groups: int = 1  # the normal experts lie in so many equal groups,
+  top_groups: int = 1  # of which a token may pick from the best so many
+  num_shared_experts: int = 0  # that every token takes, as one MLP of their common width
+  # Attention:
+  mla: MLAConfig | None = None  # multi-head latent attention; head_dim is then nope_head_dim + rope_head_dim
+  qk_norm: str = "head"  # RMS norm of queries and keys over each "head" or over the whole "projection"
+  clip_qkv: float | None = None  # queries, keys and values are cut to -clip_qkv .. clip_qkv
   rms_norm_eps: float = 1e-6
   rope: RopeConfig = RopeConfig()
   attention_bias: bool = False
@@ -94,6 +105,11 @@ class ModelConfig:
   @property
   def is_dynamic(self) -> bool:
     return self.num_zero_experts > 0
+
+  @property
+  def rope_dim(self) -> int:
+    """Dimensions of a head that carry the rotary embedding."""
+    return self.head_dim if self.mla is None else self.mla.rope_head_dim
 
   def replace(self, **changes: Any) -> "ModelConfig":
     return dataclasses.replace(self, **changes)
@@ -139,55 +155,35 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     known = ", ".join(t for base in ARCHITECTURES for t in (base, base + DYNAMIC_SUFFIX))
     raise ZedaError(f"{where}: model_type is {model_type!r}; supported are {known}.")
 
-  def need(*names: str) -> Any:
-    for name in names:
-      if raw.get(name) is not None:
-        return raw[name]
-    raise ZedaError(f"{where}: {' or '.join(names)} is missing; it is needed to read a {model_type} model.")
-
-  def whole(*names: str, least: int = 1) -> int:
-    value = need(*names)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-      raise ZedaError(f"{where}: {names[0]} is {value!r}; expected a whole number of at least {least}.")
-    return value
-
-  if raw.get("hidden_act", "silu") != "silu":
-    raise ZedaError(f"{where}: hidden_act is {raw['hidden_act']!r}; only silu is supported.")
-  if raw.get("use_sliding_window") and raw.get("sliding_window"):
-    raise ZedaError(f"{where}: use_sliding_window is true; sliding-window attention is not supported.")
-  hidden_size, num_heads = whole("hidden_size"), whole("num_attention_heads")
-  num_experts = whole("num_experts", "num_local_experts")
+  architecture, fields = ARCHITECTURES[base_type], Fields(raw, where)
+  fields.only("hidden_act", "silu")
+  num_experts = fields.whole(*architecture.experts_keys)
   zero_experts = _zero_experts(raw, where, model_type != base_type)
-  top_k = whole("num_experts_per_tok")
+  top_k = fields.whole("num_experts_per_tok")
   if top_k > num_experts:
     raise ZedaError(f"{where}: num_experts_per_tok is {top_k}, more than the {num_experts} experts there are.")
-  num_kv_heads = whole("num_key_value_heads")
-  if num_heads % num_kv_heads:
-    raise ZedaError(
-      f"{where}: num_attention_heads ({num_heads}) is not a multiple of num_key_value_heads ({num_kv_heads})."
-    )
-  return ModelConfig(
+  config = ModelConfig(
     model_type=base_type,
-    vocab_size=whole("vocab_size"),
-    hidden_size=hidden_size,
-    num_heads=num_heads,
-    num_kv_heads=num_kv_heads,
-    head_dim=raw.get("head_dim") or hidden_size // num_heads,
-    intermediate_size=whole("intermediate_size"),
-    moe_intermediate_size=whole("moe_intermediate_size"),
+    vocab_size=fields.whole("vocab_size"),
+    hidden_size=fields.whole("hidden_size"),
+    num_heads=fields.whole("num_attention_heads"),
     num_experts=num_experts,
     num_experts_per_tok=top_k,
-    moe_layers=_moe_layers(raw, whole("num_hidden_layers"), where),
     num_zero_experts=zero_experts,
-    norm_topk_prob=bool(raw.get("norm_topk_prob", False)),
-    rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
     rope=_rope(raw, where),
     attention_bias=bool(raw.get("attention_bias", False)),
     tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-    max_position_embeddings=whole("max_position_embeddings"),
+    max_position_embeddings=fields.whole("max_position_embeddings"),
     dtype=_dtype(raw, where),
     hf_config=dict(raw),
+    **architecture.read(fields),
   )
+  if config.num_heads % config.num_kv_heads:
+    raise ZedaError(
+      f"{where}: num_attention_heads ({config.num_heads}) is not a multiple of num_key_value_heads "
+      f"({config.num_kv_heads})."
+    )
+  return config
 
 
 def _zero_experts(raw: Mapping[str, Any], where: str, dynamic: bool) -> int:
@@ -201,19 +197,6 @@ def _zero_experts(raw: Mapping[str, Any], where: str, dynamic: bool) -> int:
   if not (isinstance(nums, list) and len(nums) == 1 and isinstance(nums[0], int) and nums[0] > 0):
     raise ZedaError(f"{where}: zce_nums is {nums!r}; expected a list of one positive whole number.")
   return nums[0]
-
-
-def _moe_layers(raw: Mapping[str, Any], num_layers: int, where: str) -> tuple[bool, ...]:
-  dense = raw.get("mlp_only_layers") or []
-  step = raw.get("decoder_sparse_step", 1)
-  if not isinstance(step, int) or step < 1:
-    raise ZedaError(f"{where}: decoder_sparse_step is {step!r}; expected a whole number of at least 1.")
-  layers = tuple(i not in dense and (i + 1) % step == 0 for i in range(num_layers))
-  if not any(layers):
-    raise ZedaError(
-      f"{where}: mlp_only_layers and decoder_sparse_step leave no MoE layer, so there is nothing to skip."
-    )
-  return layers
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> RopeConfig:
@@ -257,22 +240,30 @@ def to_hf(config: ModelConfig, format: str = "dynamic") -> dict[str, Any]:
     config: the model's configuration.
     format: "dynamic" (zero experts named in zce_nums; a static model stays static) or "plain" (a static model with
       N + N_Z experts, whose last N_Z have all-zero tensors on disk; any engine loads it).
+
+  Raises:
+    ZedaError: another format, or a plain one that cannot say what the model does.
   """
   if format not in ("dynamic", "plain"):
     raise ZedaError(f"format is {format!r}; expected 'dynamic' or 'plain'.")
+  if format == "plain" and config.is_dynamic and config.num_groups > 1:
+    raise ZedaError(
+      f"The model picks from {config.top_groups} of {config.num_groups} groups of experts (n_group), and its zero "
+      "experts belong to none, which a static checkpoint cannot say: export the dynamic format."
+    )
+  architecture = ARCHITECTURES[config.model_type]
   raw = dict(config.hf_config) or _fields_to_hf(config)
   for key in ("zce_nums", "zce_types", "use_zce_mask"):
     raw.pop(key, None)
-  experts_key = "num_local_experts" if "num_local_experts" in raw else "num_experts"
-  raw.update(model_type=config.model_type, architectures=[ARCHITECTURES[config.model_type]])
-  raw[experts_key] = config.num_experts
-  raw["num_experts_per_tok"] = config.num_experts_per_tok
-  if config.is_dynamic and format == "plain":
-    raw[experts_key] = config.num_experts + config.num_zero_experts
-  elif config.is_dynamic:
+  plain = config.is_dynamic and format == "plain"
+  num_experts = config.num_experts + (config.num_zero_experts if plain else 0)
+  present = [key for key in architecture.experts_keys if key in raw] or architecture.experts_keys[:1]
+  raw.update(model_type=config.model_type, architectures=[architecture.class_name(dynamic=False)])
+  raw.update(dict.fromkeys(present, num_experts), num_experts_per_tok=config.num_experts_per_tok)
+  if config.is_dynamic and not plain:
     raw.update(
       model_type=config.model_type + DYNAMIC_SUFFIX,
-      architectures=[DYNAMIC_ARCHITECTURES[config.model_type]],
+      architectures=[architecture.class_name(dynamic=True)],
       zce_nums=[config.num_zero_experts],
       zce_types=["zero"],
       use_zce_mask=False,
@@ -288,20 +279,15 @@ def _fields_to_hf(config: ModelConfig) -> dict[str, Any]:
     "num_hidden_layers": config.num_layers,
     "num_attention_heads": config.num_heads,
     "num_key_value_heads": config.num_kv_heads,
-    "head_dim": config.head_dim,
     "hidden_act": "silu",
-    "intermediate_size": config.intermediate_size,
-    "moe_intermediate_size": config.moe_intermediate_size,
-    "num_experts": config.num_experts,
     "norm_topk_prob": config.norm_topk_prob,
-    "mlp_only_layers": [i for i, moe in enumerate(config.moe_layers) if not moe],
-    "decoder_sparse_step": 1,
     "rms_norm_eps": config.rms_norm_eps,
     "rope_theta": config.rope.theta,
     "attention_bias": config.attention_bias,
     "tie_word_embeddings": config.tie_word_embeddings,
     "max_position_embeddings": config.max_position_embeddings,
     "torch_dtype": config.dtype,
+    **ARCHITECTURES[config.model_type].write(config),
   }
   if config.rope.type != "default":
     scaling = {k: v for k, v in dataclasses.asdict(config.rope).items() if v is not None and k not in ("theta", "type")}

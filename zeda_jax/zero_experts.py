@@ -5,7 +5,7 @@ A post-trained mixture of experts has N normal experts and runs the best K of th
 exactly 0. K does not change, so every zero expert among the K picks is an expert matmul that need not happen.
 
   router rows   [N + N_Z, H]     the first N unchanged, the new ones drawn around them   (router_rows.py)
-  scores        [T, N + N_Z]     softmax over all of them                                (router_scores)
+  scores        [T, N + N_Z]     softmax over all of them, or the sigmoid of each        (router_scores)
   picks         [T, K]           ids of the best K; ids >= N cost nothing                (route)
   output        sum over picks < N of weight * expert(x)                                 (models/moe.py)
 
@@ -25,6 +25,7 @@ from zeda_jax.router_rows import new_router_rows
 
 __all__ = [
   "Routing",
+  "choice_scores",
   "expert_balance_loss",
   "group_balance_loss",
   "new_router_rows",
@@ -38,19 +39,27 @@ __all__ = [
 class Routing(NamedTuple):
   """Where each token goes. E = N + N_Z; ids >= N mean "no expert", whether a zero expert or a dropped pick."""
 
-  scores: Float[Array, "T E"]
+  scores: Float[Array, "T E"]  # for the balance losses, which want rows that sum to 1 (see models/moe.py, Router)
   picks: Int[Array, "T K"]
   weights: Float[Array, "T K"]
 
 
 def router_scores(
-  logits: Float[Array, "T N"], zero_logits: Float[Array, "T Z"] | None, zero_expert_bias: float | Array = 0.0
+  logits: Float[Array, "T N"],
+  zero_logits: Float[Array, "T Z"] | None,
+  zero_expert_bias: float | Array = 0.0,
+  scoring: str = "softmax",
 ) -> Float[Array, "T E"]:
-  """Softmax over normal and zero experts together; `zero_expert_bias` is added to the zero logits.
+  """Softmax over normal and zero experts together, or the sigmoid of each; `zero_expert_bias` is added to zero logits.
 
   Equals softmax(concat([logits, zero_logits + bias])). The two groups are reduced apart so that with a bias of -inf
   the zero group adds exactly 0.0 to every sum: the result is then bit-identical to the static teacher's.
   """
+  if scoring == "sigmoid":
+    scores = jax.nn.sigmoid(logits)
+    if zero_logits is None:
+      return scores
+    return jnp.concatenate([scores, jax.nn.sigmoid(zero_logits + zero_expert_bias)], axis=-1)
   best = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
   if zero_logits is None:
     exp = jnp.exp(logits - best)
@@ -67,28 +76,75 @@ def route(
   top_k: int,
   num_experts: int,
   *,
+  correction: Float[Array, " E"] | None = None,
+  num_groups: int = 1,
+  top_groups: int = 1,
   normalize: bool = True,
+  scaling: float = 1.0,
   execute_top_k: int | None = None,
   skip_threshold: float = 0.0,
 ) -> Routing:
   """Picks the best K of all experts. Weights are normalised over all K picks, zero ones included (paper section 3.1).
 
-  The last two arguments are training-free baselines that drop picks of a static model:
-    execute_top_k: run only the best k1 of the K picks, weights still normalised over all K (arXiv 2609.04575).
+  Args:
+    scores: of all E = N + N_Z experts; rows of softmax scores sum to 1, those of sigmoid scores need not.
+    top_k: K.
+    num_experts: N; ids from N on are zero experts.
+    correction: added to the scores for the choice of the picks only, so that no gradient reaches it.
+    num_groups, top_groups: see `choice_scores`.
+    normalize: whether the weights of all K picks sum to 1 (before `scaling`).
+    scaling: factor of all weights.
+    execute_top_k: run only the best k1 of the K picks, weights still normalised over all K (arXiv 2609.04575). The best
+      are those that the router would choose if K were k1.
     skip_threshold: dynamic skipping; drop picks scoring below beta x the best pick and renormalise the rest.
-  A dropped pick gets the id E, so that everything below treats it like a zero expert.
+
+  The last two are training-free baselines that drop picks of a static model. A dropped pick gets the id E, so that
+  everything below treats it like a zero expert.
   """
-  values, picks = jax.lax.top_k(scores, top_k)
+  if correction is None and num_groups == 1:
+    values, picks = jax.lax.top_k(scores, top_k)
+  else:
+    choice = choice_scores(jax.lax.stop_gradient(scores), num_experts, correction, num_groups, top_groups)
+    picks = jax.lax.top_k(choice, top_k)[1]
+    values = jnp.take_along_axis(scores, picks, axis=-1)
   dropped = jnp.asarray(scores.shape[-1], picks.dtype)
   if skip_threshold > 0.0:
-    keep = values >= skip_threshold * values[:, :1]
+    keep = values >= skip_threshold * values.max(axis=-1, keepdims=True)
     values, picks = jnp.where(keep, values, 0.0), jnp.where(keep, picks, dropped)
   if normalize:
-    values = values / values.sum(axis=-1, keepdims=True)
+    # 1e-20 is for sigmoid scores that all underflow; it changes no bit of a sum that is not tiny.
+    values = values / (values.sum(axis=-1, keepdims=True) + 1e-20)
+  if scaling != 1.0:
+    values = values * scaling
   if execute_top_k is not None:
     keep = jnp.arange(top_k) < execute_top_k
     values, picks = jnp.where(keep, values, 0.0), jnp.where(keep, picks, dropped)
   return Routing(scores, picks, values)
+
+
+def choice_scores(
+  scores: Float[Array, "T E"],
+  num_experts: int,
+  correction: Float[Array, " E"] | None = None,
+  num_groups: int = 1,
+  top_groups: int = 1,
+) -> Float[Array, "T E"]:
+  """What the best K are chosen by: score plus correction bias, -inf where an expert may not be picked.
+
+  The N normal experts lie in `num_groups` equal groups, of which a token may use the `top_groups` whose two best
+  experts have the largest sum. Zero experts are in no group and always compete, but for those with a score of
+  exactly 0: they are masked, and a correction bias does not bring them back.
+  """
+  choice = scores if correction is None else scores + correction
+  normal, zero = choice[:, :num_experts], choice[:, num_experts:]
+  if num_groups > 1:
+    grouped = normal.reshape(-1, num_groups, num_experts // num_groups)
+    group_scores = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
+    best = jax.lax.top_k(group_scores, top_groups)[1]
+    allowed = (best[:, :, None] == jnp.arange(num_groups)).any(axis=1)  # [T, G]: whether a group is among the best
+    normal = jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(normal.shape)
+  zero = jnp.where(scores[:, num_experts:] > 0, zero, -jnp.inf)
+  return jnp.concatenate([normal, zero], axis=-1)
 
 
 def _token_mask(mask: Bool[Array, " T"] | None, num_tokens: int) -> tuple[Bool[Array, " T"], Float[Array, ""]]:
@@ -113,7 +169,8 @@ def group_balance_loss(
   Both terms balance where the zero-expert ratio f_Z / K is w N_Z / (N + w N_Z); there L_GA = coefficient.
 
   Args:
-    scores: scores over all E = N + N_Z experts, each row summing to 1 (sigmoid routers: divide by the row sum).
+    scores: scores over all E = N + N_Z experts, each row summing to 1 (`Routing.scores`; sigmoid scores are divided by
+      their sum over all E).
     picks: the picks of the real routing; ids >= num_experts are zero experts.
     num_experts: N.
     weight: w, how much more a zero expert is to be used than a normal one.

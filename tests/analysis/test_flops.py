@@ -1,8 +1,10 @@
 """FLOPs against the paper's table (Appendix D) and against sums taken token by token."""
 
+import dataclasses
+
 import pytest
 
-from tests.tiny_models import QWEN3_30B_A3B
+from tests.tiny_models import GLM_4_7_FLASH, QWEN3_30B_A3B
 from zeda_jax.analysis.flops import decode_flops, expert_flops_left, prefill_flops, theoretical_speedup
 from zeda_jax.errors import ZedaError
 
@@ -39,6 +41,37 @@ def test_decode_flops_token_by_token():
   assert (decode.router, decode.experts) == (prefill.router, prefill.experts)
   seen = sum(4 * earlier * width for earlier in range(length))
   assert decode.attention == prefill.attention - 4 * length**2 * width + seen
+
+
+@pytest.mark.parametrize("q_lora_rank", [768, None])
+def test_latent_attention_product_by_product(q_lora_rank):
+  length, hidden, heads, rank, nope, rotary, value = 100, 2048, 20, 512, 192, 64, 256
+  config = GLM_4_7_FLASH.replace(mla=dataclasses.replace(GLM_4_7_FLASH.mla, q_lora_rank=q_lora_rank))
+  matmul = lambda m, k, n: 2 * m * k * n
+  queries = (
+    matmul(length, hidden, heads * 256)
+    if q_lora_rank is None
+    else matmul(length, hidden, 768) + matmul(length, 768, heads * 256)
+  )
+  shared = queries + matmul(length, hidden, rank + rotary) + matmul(length, heads * value, hidden)
+  expand = matmul(length, rank, heads * (nope + value))
+  products = heads * (matmul(length, nope + rotary, length) + matmul(length, length, value))
+  prefill = prefill_flops(config, length)
+  assert prefill.attention == shared + expand + products
+  assert prefill.router == matmul(length, hidden, 64)
+  assert prefill.experts == 4 * length * 3 * matmul(1, hidden, 1536)
+  assert prefill.shared == length * 3 * matmul(1, hidden, 1536)
+  assert prefill.total == prefill.attention + prefill.router + prefill.experts + prefill.shared
+  absorb = heads * (matmul(length, nope, rank) + matmul(length, rank, value))
+  steps = sum(heads * (matmul(1, rank + rotary, seen) + matmul(1, seen, rank)) for seen in range(length))
+  assert decode_flops(config, length).attention == shared + absorb + steps
+
+
+def test_glm_gains_less_than_the_experts_alone_since_the_shared_one_stays():
+  speedups = [theoretical_speedup(GLM_4_7_FLASH, 1024, stage=stage) for stage in ("prefill", "decode")]
+  assert all(1.1 < value < 2 for value in speedups)
+  more = [theoretical_speedup(GLM_4_7_FLASH.replace(num_shared_experts=n), 1024) for n in (0, 1, 2)]
+  assert more == sorted(more, reverse=True)
 
 
 def test_speedup_without_skipping_is_the_cost_of_the_wider_router():

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.tiny_models import GLM
 from zeda_jax.checkpoint import names
 from zeda_jax.checkpoint.safetensors_io import TensorSpec
 from zeda_jax.config import ModelConfig
@@ -29,6 +30,11 @@ CONFIGS = {
   "dynamic": STATIC.replace(num_zero_experts=3),
   "dense layers": STATIC.replace(moe_layers=(False, True, True, False, True), num_zero_experts=1),
   "bias, tied": STATIC.replace(attention_bias=True, tie_word_embeddings=True),
+  "glm": STATIC.replace(**GLM, attention_bias=True),
+  "glm, direct queries": STATIC.replace(
+    **GLM | {"mla": dataclasses.replace(GLM["mla"], q_lora_rank=None), "num_shared_experts": 2}, num_zero_experts=2
+  ),
+  "olmoe": STATIC.replace(model_type="olmoe", qk_norm="projection", num_zero_experts=3),
 }
 
 

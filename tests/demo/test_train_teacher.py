@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.tiny_models import GLM, tiny_model
 from zeda_jax.checkpoint.huggingface import load_hf
-from zeda_jax.demo import families, train_teacher
+from zeda_jax.demo import families, tiny_glm, train_teacher
 from zeda_jax.demo.tokenizer import END, PAD, vocabulary
 from zeda_jax.models.decoder import Decoder
 from zeda_jax.zero_experts import Routing
@@ -84,6 +85,29 @@ def test_routing_loss_is_load_balance_plus_peak():
   weights = jnp.zeros((20, 2))
   found = train_teacher.routing_loss(Routing(jnp.asarray(scores), jnp.asarray(picks), weights), jnp.asarray(live))
   np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_correction_bias_of_the_less_used_experts_rises():
+  model = tiny_model(**GLM | {"num_experts": 16, "moe_layers": (False, True, False, True)})
+  before = [np.array(model.runs[run].mlp.router.correction_bias[...])[0] for run in (1, 3)]
+  picks = np.full((2, 3, 5, 4), 16)  # of two MoE layers; padding picks nothing
+  picks[0, 0, 0] = [0, 1, 2, 3]
+  picks[1, 1, :2] = [7, 8, 9, 10]
+  params = nnx.to_pure_dict(train_teacher.balance_correction(model.config, nnx.state(model), jnp.asarray(picks)))
+  first, second = (params["runs"][run]["mlp"]["router"]["correction_bias"][0] for run in (1, 3))
+  rate = np.float32(train_teacher.CORRECTION_RATE)
+  np.testing.assert_array_equal(first, before[0] + np.where(np.arange(16) < 4, -rate, rate))
+  np.testing.assert_array_equal(second, before[1] + np.where((np.arange(16) > 6) & (np.arange(16) < 11), -rate, rate))
+  softmax = nnx.state(tiny_model())
+  assert train_teacher.balance_correction(tiny_model().config, softmax, jnp.asarray(picks)) is softmax
+
+
+@pytest.mark.slow
+def test_a_tiny_glm_learns_the_tasks_and_skips_half_of_its_experts(tmp_path):
+  assert tiny_glm.run(tmp_path) == 0
+  summary = (tmp_path / "main" / "summary.md").read_text()
+  assert "student (exported)" in summary
+  assert json.loads((tmp_path / "main/student/config.json").read_text())["model_type"] == "glm4_moe_lite_plus_plus"
 
 
 def test_training_lowers_the_loss_and_is_repeatable(monkeypatch, capsys):

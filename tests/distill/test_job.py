@@ -9,8 +9,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.recipe_files import arguments, everything, settings, write_prompts, write_teacher
+from tests.tiny_models import hf_model
 from zeda_jax.cli import main as cli
 from zeda_jax.distill.job import open_job
+from zeda_jax.errors import ZedaError
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +223,11 @@ def test_end_of_answers_may_be_known_to_the_tokenizer_alone(files, tmp_path):
   bare = open_job(settings(files, tmp_path / "w"))
   assert bare.eos_ids == job.eos_ids == (job.tokenizer.eos_token_id,)
   assert bare.teacher.config.eos_token_ids == bare.eos_ids
+
+
+def test_a_plain_export_that_cannot_be_is_refused_at_the_start(files, tmp_path):
+  hf_model(model_type="glm4_moe_lite", n_group=2).save_pretrained(files / "grouped")
+  config = settings(files, tmp_path / "run", {"teacher": str(files / "grouped"), "export.plain": True})
+  with pytest.raises(ZedaError, match="1 of 2 groups of experts"):
+    open_job(config)
+  assert not (tmp_path / "run").exists()

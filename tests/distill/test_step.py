@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.distill.batches import BALANCE, make_batch
-from tests.tiny_models import tiny_model
+from tests.distill.batches import ALPHA, BALANCE, make_batch
+from tests.tiny_models import GLM, tiny_model
 from zeda_jax.distill.objectives import Objective, batch_loss
 from zeda_jax.distill.optimizer import OptimizerConfig, make_optimizer
 from zeda_jax.distill.step import Reference, _gradients, init_state, make_train_step
@@ -55,6 +55,22 @@ def test_router_training_holds_routers_alone_and_shares_the_rest(teacher):
   assert all((np.asarray(leaf) != start[name]).any() for name, leaf in flat(state.params).items())
   for name, leaf in flat(reference.teacher).items():  # neither changed nor donated, the teacher's router included
     np.testing.assert_array_equal(leaf, teachers_before[name])
+
+
+def test_a_sigmoid_router_trains_and_its_correction_bias_stays():
+  """Everything of a GLM learns but the biases, decay included; the balance loss counts the picks the biases made."""
+  teacher = tiny_model(**GLM | {"moe_layers": (True,)})
+  step, state, reference = setup(teacher, "all")
+  biases = {f"['runs'][0]['mlp']['router']['{name}']" for name in ("correction_bias", "zero_correction_bias")}
+  assert flat(reference.frozen).keys() == biases
+  frozen = {name: np.array(leaf) for name, leaf in flat(reference.frozen).items()}
+  start = {name: np.array(leaf) for name, leaf in flat(state.params).items()}
+  state, metrics = step(state, reference, make_batch())
+  assert all((np.asarray(leaf) != start[name]).any() for name, leaf in flat(state.params).items())
+  for name, leaf in flat(reference.frozen).items():
+    np.testing.assert_array_equal(leaf, frozen[name])
+  assert 0 < metrics["zero_ratio"] < 1
+  assert 0 < metrics["loss_balance"] < 4 * ALPHA
 
 
 def test_norms_join_the_routers(teacher):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.tiny_models import forward, random_tokens, tiny_model
+from tests.tiny_models import GLM, forward, layer_of, random_tokens, tiny_model
 from zeda_jax.evaluate.baselines import dynamic_skipping, halved, matched_threshold, truncated
 from zeda_jax.rollout.generate import generate
 
@@ -44,6 +44,25 @@ def test_skipping_drops_what_is_below_the_best(model):
   np.testing.assert_allclose(weights_of(out), kept / kept.sum(axis=-1, keepdims=True), rtol=1e-5)
   np.testing.assert_array_equal(np.asarray(out.picks)[0] >= 6, ~keep)
   assert 0.1 < (~keep).mean() < 0.9
+
+
+def test_baselines_of_a_sigmoid_router():
+  """The best picks are those that the router would choose first, by score plus bias; skipping compares weights."""
+  model = tiny_model(**GLM | {"moe_layers": (True,), "num_experts_per_tok": 4})
+  x = np.random.default_rng(0).standard_normal((100, 32)).astype(np.float32)
+  models = (model, halved(model, 2), truncated(model, 2), dynamic_skipping(model, 0.8))
+  full, half, short, skipping = (layer_of(m.runs[0].mlp.router)(x) for m in models)
+  np.testing.assert_array_equal(half.picks[:, :2], full.picks[:, :2])
+  np.testing.assert_array_equal(short.picks, full.picks[:, :2])
+  np.testing.assert_array_equal(half.weights[:, :2], full.weights[:, :2])
+  assert (half.picks[:, 2:] >= 6).all()
+  np.testing.assert_allclose(short.weights.sum(axis=1), 1.8, rtol=1e-5)
+  weights = np.asarray(full.weights)
+  assert (weights.argmax(axis=1) > 0).any()  # the first choice need not have the largest weight
+  keep = weights >= np.float32(0.8) * weights.max(axis=1, keepdims=True)
+  np.testing.assert_array_equal(np.asarray(skipping.picks) < 6, keep)
+  assert 0.1 < keep.mean() < 0.9
+  np.testing.assert_allclose(np.asarray(skipping.weights).sum(axis=1), 1.8, rtol=1e-5)
 
 
 def test_a_threshold_of_one_keeps_the_best_alone(model):

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny_models import forward, random_tokens, tiny_config, tiny_model
+from tests.tiny_models import GLM, forward, random_tokens, tiny_config, tiny_model
 from zeda_jax.errors import ZedaError
 from zeda_jax.models import moe
 from zeda_jax.models.cache import init_cache
 from zeda_jax.models.decoder import Decoder, DecoderOutput, abstract_decoder, inject, segment_positions
 from zeda_jax.models.params import merge_model, reconfigured, split_model
+from zeda_jax.router_rows import new_router_rows
 
 TOKENS = random_tokens((2, 24))
 
@@ -24,6 +25,8 @@ VARIANTS = {
   "all experts picked": {"num_experts_per_tok": 6, "moe_layers": (True,)},
   "many experts": {"num_experts": 33, "num_experts_per_tok": 4, "moe_layers": (True,)},
   "bfloat16": {"dtype": "bfloat16"},
+  "sigmoid router, latent attention, bfloat16": {**GLM, "dtype": "bfloat16"},
+  "groups": {**GLM, "num_groups": 3, "top_groups": 2, "num_experts_per_tok": 3, "moe_layers": (True,)},
 }
 
 
@@ -126,6 +129,17 @@ def test_injection_depends_on_the_layer_not_on_its_run():
   np.testing.assert_array_equal(
     apart.runs[2].mlp.router.zero_weight[0], inject(together, seed=1).runs[0].mlp.router.zero_weight[2]
   )
+
+
+def test_injection_widens_the_correction_bias_and_shares_the_old_one():
+  original = tiny_model(**GLM | {"moe_layers": (False, True, True)})
+  twin = inject(original, seed=5)
+  before, after = original.runs[1].mlp.router, twin.runs[1].mlp.router
+  assert after.correction_bias[...] is before.correction_bias[...]
+  assert after.zero_correction_bias.shape == (2, 3)
+  for place, layer in enumerate((1, 2)):
+    old = np.asarray(before.correction_bias[...])[place]
+    np.testing.assert_array_equal(after.zero_correction_bias[place], new_router_rows(old, 3, 5, layer))
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -1,7 +1,6 @@
 """The decoder against stock transformers, which is the truth for every option of the architecture."""
 
 import json
-import pathlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,18 +30,6 @@ OPTIONS = {
   "yarn": {"rope_parameters": YARN},
   "yarn, mscale": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}, "num_hidden_layers": 1},
 }
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-  """saved(model, shard) -> the directory stock transformers writes."""
-
-  def save(model, shard: str = "5GB") -> pathlib.Path:
-    path = tmp_path_factory.mktemp("stock")
-    model.save_pretrained(path, max_shard_size=shard)
-    return path
-
-  return save
 
 
 @pytest.mark.parametrize("dialect", ["transformers 5", "transformers 4"])

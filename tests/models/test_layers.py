@@ -12,6 +12,7 @@ from tests.tiny_models import TINY, tiny_config
 from zeda_jax.config import from_hf
 from zeda_jax.models.layers import DenseMLP, RMSNorm, apply_rope, rope_frequencies, rope_tables
 
+QWEN = TINY["qwen3_moe"]
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
 
 ROPES = {
@@ -36,9 +37,9 @@ ROPES = {
 @pytest.mark.parametrize("head_dim", [6, 16, 128])
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 def test_rope_equals_that_of_transformers(rope, head_dim):
-  stock_config = Qwen3MoeConfig(**(TINY | {"head_dim": head_dim, "rope_parameters": dict(rope)}))
+  stock_config = Qwen3MoeConfig(**(QWEN | {"head_dim": head_dim, "rope_parameters": dict(rope)}))
   stock = Qwen3MoeRotaryEmbedding(stock_config)
-  config = from_hf({"model_type": "qwen3_moe", **TINY, "rope_parameters": rope, "head_dim": head_dim})
+  config = from_hf({"model_type": "qwen3_moe", **QWEN, "rope_parameters": rope, "head_dim": head_dim})
   frequencies, scale = rope_frequencies(config.rope, head_dim)
   np.testing.assert_allclose(frequencies, stock.inv_freq.numpy(), rtol=1e-5)
   np.testing.assert_allclose(scale, stock.attention_scaling, rtol=1e-6)
@@ -48,6 +49,14 @@ def test_rope_equals_that_of_transformers(rope, head_dim):
   expected, _ = apply_rotary_pos_emb(torch.tensor(query), torch.tensor(query), cos, sin, unsqueeze_dim=2)
   found = apply_rope(jnp.asarray(query), rope_tables(config.rope, head_dim, jnp.asarray(positions)))
   np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=2e-5 * max(1.0, scale))
+
+
+def test_interleaved_pairs_come_out_as_halves():
+  query = np.random.default_rng(0).standard_normal((2, 4, 3, 8), np.float32)
+  tables = rope_tables(from_hf({"model_type": "qwen3_moe", **QWEN}).rope, 8, jnp.arange(8).reshape(2, 4))
+  halves = np.concatenate([query[..., 0::2], query[..., 1::2]], axis=-1)
+  found = apply_rope(jnp.asarray(query), tables, interleaved=True)
+  np.testing.assert_array_equal(found, apply_rope(jnp.asarray(halves), tables))
 
 
 def plain_rms_norm(x, scale, eps):

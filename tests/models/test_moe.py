@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tiny_models import tiny_config
+from tests.test_zero_experts import plain_group_loss
+from tests.tiny_models import GLM, layer_of, tiny_config, tiny_model
 from zeda_jax.models import moe
 from zeda_jax.models.moe import MoELayer, run_experts
+from zeda_jax.zero_experts import group_balance_loss
 
 TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 150, 3, 5, 8, 6
 
@@ -138,3 +140,44 @@ def test_the_router_works_in_fp32_on_bf16_activations():
   logits = np.asarray(x, np.float64) @ np.asarray(router.weight[...], np.float64).T
   expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
   np.testing.assert_allclose(router(x).scores, expected, rtol=1e-5)
+
+
+# --- sigmoid routers, shared experts ------------------------------------------------------------------------------
+
+
+def sigmoid_layer(**changes):
+  layer = layer_of(tiny_model(**{**GLM, "moe_layers": (True,), "num_zero_experts": 3, **changes}).runs[0].mlp)
+  return layer, np.random.default_rng(0).standard_normal((50, 32)).astype(np.float32)
+
+
+def test_the_balance_loss_sees_normalised_sigmoid_scores_and_the_real_picks():
+  layer, x = sigmoid_layer()
+  routing = layer.router(x)
+  rows = np.concatenate([layer.router.weight[...], layer.router.zero_weight[...]]).astype(np.float64)
+  bias = np.concatenate([layer.router.correction_bias[...], layer.router.zero_correction_bias[...]])
+  scores = 1 / (1 + np.exp(-np.asarray(x, np.float64) @ rows.T))
+  best = lambda a: np.argsort(-a, axis=1, kind="stable")[:, :2]
+  picks = best(scores + bias)
+  np.testing.assert_array_equal(routing.picks, picks)
+  assert (picks != best(scores)).any()  # without the bias the loss would count other picks
+  shares = scores / scores.sum(axis=1, keepdims=True)
+  np.testing.assert_allclose(routing.scores, shares, rtol=1e-5)
+  mask = np.arange(50) % 5 > 0
+  expected = plain_group_loss(shares, picks, 6, 2.0, 0.1, mask)
+  found = group_balance_loss(routing.scores, routing.picks, 6, 2.0, 0.1, mask)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  assert abs(found - plain_group_loss(shares, best(scores), 6, 2.0, 0.1, mask)) > 1e-4
+
+
+def test_shared_experts_are_one_mlp_that_every_token_takes():
+  layer, x = sigmoid_layer(num_shared_experts=2)
+  assert layer.shared_experts.gate_proj.kernel.shape == (32, 2 * 24)
+  out, routing = layer(x)
+  routed = layer.experts(x, routing.picks, routing.weights)
+  np.testing.assert_allclose(out, routed + layer.shared_experts(x), rtol=1e-6, atol=1e-7)
+  everywhere_zero, routing = layer(x, 1e4)
+  assert (np.asarray(routing.scores)[:, 6:] > 0.1).all()
+  assert np.abs(layer.shared_experts(x)).max() > 1e-5
+  skipped = (np.asarray(routing.picks) >= 6).all(axis=1)
+  assert skipped.any()
+  np.testing.assert_allclose(everywhere_zero[skipped], layer.shared_experts(x)[skipped], rtol=1e-6, atol=1e-7)

@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from tests.tiny_models import random_tokens, tiny_model
+from tests.tiny_models import GLM, random_tokens, tiny_model
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import inject
 from zeda_jax.models.params import combine, merge_model, partition, reconfigured, split_model, trainable_partition
@@ -41,6 +41,16 @@ def test_training_everything_freezes_nothing():
   trained, frozen = trainable_partition(params, "all")
   assert frozen == {}
   assert leaves(trained).keys() == leaves(params).keys()
+
+
+@pytest.mark.parametrize("name", ["all", "router", "router+norms"])
+def test_correction_biases_are_never_trained(name):
+  _, params = split_model(inject(tiny_model(**GLM), 3))
+  trained, frozen = trainable_partition(params, name)
+  biases = {"['runs'][1]['mlp']['router']['correction_bias']", "['runs'][1]['mlp']['router']['zero_correction_bias']"}
+  assert not biases & leaves(trained).keys()
+  assert biases <= leaves(frozen).keys()
+  assert (leaves(frozen).keys() == biases) == (name == "all")
 
 
 def test_an_unknown_set_is_an_error():

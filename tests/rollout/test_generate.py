@@ -11,6 +11,7 @@ from tests.tiny_models import forward, hf_model, tiny_model
 from zeda_jax.checkpoint.huggingface import load_hf
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import inject
+from zeda_jax.models.mla import absorbing_is_cheaper
 from zeda_jax.rollout.generate import generate
 
 RNG = np.random.default_rng(0)
@@ -64,6 +65,25 @@ def test_greedy_stops_at_eos_as_transformers_does(stock_and_ours):
     assert len(s.tokens) == len(s.logprobs)
     assert not set(s.tokens[:-1]) & set(eos)
   assert len({len(s.tokens) for s in found}) > 1
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:3]], ids=["expanded prefill", "absorbed prefill"])
+def test_greedy_through_the_latent_cache_equals_transformers_token_by_token(glm, prompts):
+  stock, ours = glm
+  expected = [hf_generate(stock, prompt, None) for prompt in prompts]
+  width = -(-max(map(len, prompts)) // 16) * 16
+  assert absorbing_is_cheaper(ours.config.mla, width) == (width == 16)
+  found = generate(ours, prompts, NEW, temperature=0.0, batch_size=len(prompts))
+  assert [s.tokens for s in found] == expected
+  assert len({tuple(tokens) for tokens in expected}) == len(prompts)
+
+
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory):
+  stock = hf_model(model_type="glm4_moe_lite")
+  path = tmp_path_factory.mktemp("glm")
+  stock.save_pretrained(path)
+  return stock, load_hf(path)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,14 @@ zero ratio r:
   router                 2 (N + N_Z) l H
   experts                6 (1 - r) K l H H_e
 
+Beyond the paper, counted alike: shared experts (6 l H H_e each, never skipped) and multi-head latent attention. With
+N_h heads of D = nope + P query dimensions (P rotary) and V value dimensions, latent ranks R (keys, values) and R_q
+(queries):
+
+  latent, prefill        2 l^2 N_h (D + V)         + projections         (expanded: keys and values of every head)
+  latent, decode         l (l-1) N_h (2 R + P)     + projections         (absorbed: every head reads the latents)
+  projections            2 l (H R_q + R_q N_h D + H (R + P) + R N_h (nope + V) + N_h V H)
+
 A model's dense layers (`mlp_only_layers`, `decoder_sparse_step`) are the same before and after, and are left out: all
 numbers here are those of one MoE layer, so the speed-up of a model with dense layers is a little lower.
 """
@@ -28,10 +36,11 @@ class LayerFlops(NamedTuple):
   attention: float
   router: float
   experts: float
+  shared: float = 0.0  # experts that every token takes
 
   @property
   def total(self) -> float:
-    return self.attention + self.router + self.experts
+    return self.attention + self.router + self.experts + self.shared
 
 
 def prefill_flops(config: ModelConfig, length: int, zero_ratio: float = 0.0) -> LayerFlops:
@@ -46,13 +55,13 @@ def prefill_flops(config: ModelConfig, length: int, zero_ratio: float = 0.0) -> 
     ZedaError: the length is not positive or the ratio lies outside 0 .. 1.
   """
   _check(length, zero_ratio)
-  return _layer_flops(config, length, zero_ratio, token_pairs=length**2)
+  return _layer_flops(config, length, zero_ratio, token_pairs=length**2, decode=False)
 
 
 def decode_flops(config: ModelConfig, length: int, zero_ratio: float = 0.0) -> LayerFlops:
   """FLOPs of one MoE layer that generates `length` tokens one by one with a cache; arguments as in `prefill_flops`."""
   _check(length, zero_ratio)
-  return _layer_flops(config, length, zero_ratio, token_pairs=length * (length - 1) / 2)
+  return _layer_flops(config, length, zero_ratio, token_pairs=length * (length - 1) / 2, decode=True)
 
 
 def theoretical_speedup(
@@ -78,20 +87,38 @@ def theoretical_speedup(
 
 
 def expert_flops_left(zero_ratio: float) -> float:
-  """Share of the expert FLOPs that is still executed at a zero ratio; the router's few are not experts'."""
+  """Share of the routed experts' FLOPs that is still executed at a zero ratio; the router's few are not experts'."""
   _check(1, zero_ratio)
   return 1.0 - zero_ratio
 
 
-def _layer_flops(config: ModelConfig, length: int, zero_ratio: float, token_pairs: float) -> LayerFlops:
-  hidden, width = config.hidden_size, config.num_heads * config.head_dim
-  key_value_share = config.num_kv_heads / config.num_heads
+def _layer_flops(config: ModelConfig, length: int, zero_ratio: float, token_pairs: float, decode: bool) -> LayerFlops:
+  hidden = config.hidden_size
   expert = 6 * length * hidden * config.moe_intermediate_size  # gate, up and down
+  attention = _attention_flops if config.mla is None else _latent_attention_flops
   return LayerFlops(
-    attention=4 * token_pairs * width + 4 * (1 + key_value_share) * length * hidden * width,
+    attention=attention(config, length, token_pairs, decode),
     router=2 * (config.num_experts + config.num_zero_experts) * length * hidden,
     experts=(1 - zero_ratio) * config.num_experts_per_tok * expert,
+    shared=config.num_shared_experts * expert,
   )
+
+
+def _attention_flops(config: ModelConfig, length: int, token_pairs: float, decode: bool) -> float:
+  width = config.num_heads * config.head_dim
+  key_value_share = config.num_kv_heads / config.num_heads
+  return 4 * token_pairs * width + 4 * (1 + key_value_share) * length * config.hidden_size * width
+
+
+def _latent_attention_flops(config: ModelConfig, length: int, token_pairs: float, decode: bool) -> float:
+  mla, heads, hidden = config.mla, config.num_heads, config.hidden_size
+  assert mla is not None
+  rank, queries = mla.kv_lora_rank, heads * config.head_dim
+  pair = 2 * rank + mla.rope_head_dim if decode else config.head_dim + mla.v_head_dim
+  to_queries = hidden * queries if mla.q_lora_rank is None else mla.q_lora_rank * (hidden + queries)
+  between = rank * heads * (mla.nope_head_dim + mla.v_head_dim)  # latents to heads, or queries and outputs to latents
+  token = to_queries + hidden * (rank + mla.rope_head_dim) + between + heads * mla.v_head_dim * hidden
+  return 2 * token_pairs * heads * pair + 2 * length * token
 
 
 def _check(length: int, zero_ratio: float) -> None:

@@ -10,12 +10,12 @@ from zeda_jax.models.decoder import Decoder, abstract_decoder
 
 
 def load_hf(path: str | pathlib.Path, dtype: Any = None, sharding: ShardingRule | None = None) -> Decoder:
-  """Loads a static or dynamic Qwen3-MoE directory, by its config.json.
+  """Loads a static or dynamic directory of a supported architecture, by its config.json.
 
   Args:
     path: the directory.
     dtype: of all parameters and of the activations ("bfloat16", jnp.float32, ...); None keeps the parameters as on disk
-      and the activations as in config.json.
+      and the activations as in config.json. Routers' correction biases stay float32.
     sharding: (parameter path, shape) -> Sharding; None means the default device.
 
   Raises:

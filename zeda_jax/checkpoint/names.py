@@ -34,6 +34,7 @@ class Row:
     transpose: the parameter holds the transposed matrix.
     part: (place, count) where several tensors share a parameter, side by side on its last axis.
     zero_path: the parameter of the rows from N on, where zero experts widen this tensor.
+    float32: stays float32 where the others are read as another dtype.
     kind: "moe" or "dense" where only those layers have the tensor.
     when: whether a model has the tensor at all.
   """
@@ -44,6 +45,7 @@ class Row:
   transpose: bool = False
   part: tuple[int, int] = (0, 1)
   zero_path: str | None = None
+  float32: bool = False
   kind: str | None = None
   when: Callable[[ModelConfig], bool] = _always
 
@@ -56,12 +58,26 @@ def _untied(config: ModelConfig) -> bool:
   return not config.tie_word_embeddings
 
 
-def _projection(name: str, path: str, shape: str, kind: str | None = None) -> Row:
-  return Row(LAYER + name + ".weight", path + ".kernel", shape, transpose=True, kind=kind)
+def _direct_queries(config: ModelConfig) -> bool:
+  return config.mla is not None and config.mla.q_lora_rank is None
 
 
-def _projection_bias(name: str, path: str, shape: str) -> Row:
-  return Row(LAYER + name + ".bias", path + ".bias", shape, when=_attention_bias)
+def _latent_queries(config: ModelConfig) -> bool:
+  return config.mla is not None and config.mla.q_lora_rank is not None
+
+
+def _latent_query_bias(config: ModelConfig) -> bool:
+  return _latent_queries(config) and config.attention_bias
+
+
+def _projection(
+  name: str, path: str, shape: str, kind: str | None = None, when: Callable[[ModelConfig], bool] = _always
+) -> Row:
+  return Row(LAYER + name + ".weight", path + ".kernel", shape, transpose=True, kind=kind, when=when)
+
+
+def _projection_bias(name: str, path: str, shape: str, when: Callable[[ModelConfig], bool] = _attention_bias) -> Row:
+  return Row(LAYER + name + ".bias", path + ".bias", shape, when=when)
 
 
 _BEFORE_LAYERS = (Row("model.embed_tokens.weight", "embed.embedding", "V H"),)
@@ -74,8 +90,27 @@ _GQA = (
   _projection_bias("self_attn.k_proj", "attention.k_proj", "KV"),
   _projection_bias("self_attn.v_proj", "attention.v_proj", "KV"),
   _projection_bias("self_attn.o_proj", "attention.o_proj", "H"),
+)
+_HEAD_NORMS = (
   Row(LAYER + "self_attn.q_norm.weight", "attention.q_norm.scale", "D"),
   Row(LAYER + "self_attn.k_norm.weight", "attention.k_norm.scale", "D"),
+)
+_PROJECTION_NORMS = (
+  Row(LAYER + "self_attn.q_norm.weight", "attention.q_norm.scale", "Q"),
+  Row(LAYER + "self_attn.k_norm.weight", "attention.k_norm.scale", "KV"),
+)
+_MLA = (
+  _projection("self_attn.q_proj", "attention.q_proj", "Q H", when=_direct_queries),
+  _projection("self_attn.q_a_proj", "attention.q_a_proj", "QR H", when=_latent_queries),
+  _projection_bias("self_attn.q_a_proj", "attention.q_a_proj", "QR", when=_latent_query_bias),
+  Row(LAYER + "self_attn.q_a_layernorm.weight", "attention.q_a_norm.scale", "QR", when=_latent_queries),
+  _projection("self_attn.q_b_proj", "attention.q_b_proj", "Q QR", when=_latent_queries),
+  _projection("self_attn.kv_a_proj_with_mqa", "attention.kv_a_proj", "C H"),
+  _projection_bias("self_attn.kv_a_proj_with_mqa", "attention.kv_a_proj", "C"),
+  Row(LAYER + "self_attn.kv_a_layernorm.weight", "attention.kv_a_norm.scale", "KR"),
+  _projection("self_attn.kv_b_proj", "attention.kv_b_proj", "KVB KR"),
+  _projection("self_attn.o_proj", "attention.o_proj", "H O"),
+  _projection_bias("self_attn.o_proj", "attention.o_proj", "H"),
 )
 _NORMS = (
   Row(LAYER + "input_layernorm.weight", "input_norm.scale", "H"),
@@ -86,6 +121,21 @@ _MOE = (
   Row(EXPERT + "gate_proj.weight", "mlp.experts.gate_up", "F H", transpose=True, part=(0, 2), kind="moe"),
   Row(EXPERT + "up_proj.weight", "mlp.experts.gate_up", "F H", transpose=True, part=(1, 2), kind="moe"),
   Row(EXPERT + "down_proj.weight", "mlp.experts.down", "H F", transpose=True, kind="moe"),
+)
+_CORRECTION = (
+  Row(
+    LAYER + "mlp.gate.e_score_correction_bias",
+    "mlp.router.correction_bias",
+    "R",
+    zero_path="mlp.router.zero_correction_bias",
+    float32=True,
+    kind="moe",
+  ),
+)
+_SHARED = (
+  _projection("mlp.shared_experts.gate_proj", "mlp.shared_experts.gate_proj", "S H", kind="moe"),
+  _projection("mlp.shared_experts.up_proj", "mlp.shared_experts.up_proj", "S H", kind="moe"),
+  _projection("mlp.shared_experts.down_proj", "mlp.shared_experts.down_proj", "H S", kind="moe"),
 )
 _DENSE = (
   _projection("mlp.gate_proj", "mlp.gate_proj", "I H", kind="dense"),
@@ -98,13 +148,15 @@ _AFTER_LAYERS = (
 )
 
 TABLES: dict[str, tuple[Row, ...]] = {
-  "qwen3_moe": (*_BEFORE_LAYERS, *_GQA, *_NORMS, *_MOE, *_DENSE, *_AFTER_LAYERS),
+  "qwen3_moe": (*_BEFORE_LAYERS, *_GQA, *_HEAD_NORMS, *_NORMS, *_MOE, *_DENSE, *_AFTER_LAYERS),
+  "glm4_moe_lite": (*_BEFORE_LAYERS, *_MLA, *_NORMS, *_MOE, *_CORRECTION, *_SHARED, *_DENSE, *_AFTER_LAYERS),
+  "olmoe": (*_BEFORE_LAYERS, *_GQA, *_PROJECTION_NORMS, *_NORMS, *_MOE, *_AFTER_LAYERS),
 }
 
 
 def dims(config: ModelConfig) -> dict[str, int]:
   """The letters of the table's shapes."""
-  return {
+  sizes = {
     "V": config.vocab_size,
     "H": config.hidden_size,
     "D": config.head_dim,
@@ -114,7 +166,18 @@ def dims(config: ModelConfig) -> dict[str, int]:
     "F": config.moe_intermediate_size,
     "N": config.num_experts,
     "R": config.num_experts + config.num_zero_experts,
+    "S": config.num_shared_experts * config.moe_intermediate_size,
   }
+  if config.mla is not None:
+    mla = config.mla
+    sizes |= {
+      "QR": mla.q_lora_rank or 0,
+      "KR": mla.kv_lora_rank,
+      "C": mla.kv_lora_rank + mla.rope_head_dim,
+      "KVB": config.num_heads * (mla.nope_head_dim + mla.v_head_dim),
+      "O": config.num_heads * mla.v_head_dim,
+    }
+  return sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,9 +253,11 @@ def _expand(
   pieces: tuple[Piece, ...] = ()
   if row.zero_path is not None and config.is_dynamic:
     normal, zero = config.num_experts, config.num_zero_experts
+    # The rows of a vector are its last axis.
+    widths = [(0, count) if len(shape) == 1 else columns for count in (normal, zero)]
     pieces = (
-      Piece(_path(prefix + row.path), index, 0, normal, columns, row.transpose),
-      Piece(_path(prefix + row.zero_path), index, normal, zero, columns, row.transpose),
+      Piece(_path(prefix + row.path), index, 0, normal, widths[0], row.transpose),
+      Piece(_path(prefix + row.zero_path), index, normal, zero, widths[1], row.transpose),
     )
   elif expert is None or expert < config.num_experts:
     pieces = (Piece(_path(prefix + row.path), index, 0, None, columns, row.transpose),)

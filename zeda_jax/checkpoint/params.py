@@ -43,7 +43,7 @@ def load_params(
   Args:
     path: a static or dynamic directory, by its config.json.
     dtype: of all parameters and of the activations; None keeps the parameters as on disk and the activations as in
-      config.json.
+      config.json. Routers' correction biases, which live in float32 beside bfloat16 weights, are read as float32.
     sharding: where each parameter lives; None means the default device.
 
   Raises:
@@ -54,7 +54,7 @@ def load_params(
   stored = open_weights(path)
   tensors = names.check_tensors(stored, config, path)
   grouped = names.parameter_pieces(tensors)
-  dtypes = {key: wanted or _disk_dtype(pieces, stored) for key, pieces in grouped.items()}
+  dtypes = {key: _parameter_dtype(wanted, pieces, stored) for key, pieces in grouped.items()}
   params: dict[str, Any] = {}
   for key, pieces in grouped.items():
     shape = names.parameter_shape(pieces)
@@ -74,6 +74,14 @@ def _float_dtype(dtype: Any) -> np.dtype:
       f"dtype is {dtype!r}; supported are float32, bfloat16 and float16, or None to keep what is on disk."
     )
   return found
+
+
+def _parameter_dtype(
+  wanted: np.dtype | None, pieces: Sequence[tuple[HfTensor, Piece]], stored: Mapping[str, StoredTensor]
+) -> np.dtype:
+  if wanted is None:
+    return _disk_dtype(pieces, stored)
+  return np.dtype(np.float32) if pieces[0][0].row.float32 else wanted
 
 
 def _disk_dtype(pieces: Sequence[tuple[HfTensor, Piece]], stored: Mapping[str, StoredTensor]) -> np.dtype:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from zeda_jax.checkpoint.directory import check_target
 from zeda_jax.checkpoint.huggingface import save_hf
@@ -53,6 +53,7 @@ TRAIN_EXAMPLES = {"math": 160_000, "code": 80_000, "instruction": 80_000}
 WARMUP_STEPS = 100
 BALANCE_COEFFICIENT = 0.01
 PEAK_COEFFICIENT = 0.005
+CORRECTION_RATE = 1e-3  # of sigmoid routers' correction bias, per step
 MAX_NEW_TOKENS = 16  # the longest response has 13
 
 Batch = dict[str, np.ndarray]
@@ -145,7 +146,8 @@ def loss_function(model: Decoder, batch: dict[str, Array]) -> tuple[Float[Array,
   losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(out.hidden), batch["targets"])
   response_loss = (losses * batch["loss_mask"]).sum() / batch["loss_mask"].sum()
   aux_loss = out.aux_loss.sum()
-  return response_loss + aux_loss, {"response_loss": response_loss, "routing_loss": aux_loss}
+  picks = jnp.where(batch["segment_ids"][..., None] > 0, out.picks, model.config.num_experts)
+  return response_loss + aux_loss, {"response_loss": response_loss, "routing_loss": aux_loss, "picks": picks}
 
 
 def routing_loss(routing: Routing, live: Bool[Array, " T"]) -> Float[Array, ""]:
@@ -157,6 +159,26 @@ def routing_loss(routing: Routing, live: Bool[Array, " T"]) -> Float[Array, ""]:
   squares = jnp.where(live, (routing.scores**2).sum(axis=-1), 0.0).sum() / jnp.maximum(live.sum(), 1)
   balance = expert_balance_loss(routing.scores, routing.picks, BALANCE_COEFFICIENT, live)
   return balance + PEAK_COEFFICIENT * routing.scores.shape[-1] * squares
+
+
+def balance_correction(config: ModelConfig, params: nnx.State, picks: Int[Array, "L B T K"]) -> nnx.State:
+  """Auxiliary-loss-free balancing (arXiv 2408.15664): the bias of experts with less than the mean load rises a step.
+
+  Softmax routers have no such bias and come back as they are.
+  """
+  if config.scoring == "softmax":
+    return params
+  # load[l, e] = how often expert e of MoE layer l was picked
+  load = (picks[..., None] == jnp.arange(config.num_experts)).sum(axis=(1, 2, 3))
+  step = CORRECTION_RATE * jnp.sign(load.mean(axis=-1, keepdims=True) - load)
+  state, first = nnx.to_pure_dict(params), 0
+  for number, run in enumerate(config.layer_runs):
+    if run.is_moe:
+      router = state["runs"][number]["mlp"]["router"]
+      router["correction_bias"] += step[first : first + run.length]
+      first += run.length
+  nnx.replace_by_pure_dict(params, state)
+  return params
 
 
 def make_optimizer(phase: Phase) -> optax.GradientTransformation:
@@ -206,11 +228,13 @@ def train(
   seed: int = 0,
   train_examples: Mapping[str, int] = TRAIN_EXAMPLES,
   log_every: int = 100,
+  config: ModelConfig | None = None,
 ) -> Decoder:
-  """Trains a teacher; the same arguments on the same machine give the same parameters."""
+  """Trains a teacher, by default the demo's; the same arguments on the same machine give the same parameters."""
+  config = teacher_config() if config is None else config
   examples = {family: encode(_draws(family, count)) for family, count in train_examples.items()}
   held_out = {family: encode(_held_out(family, 512)) for family in families.FAMILIES}
-  graphdef, params = nnx.split(init_decoder(teacher_config(), seed))
+  graphdef, params = nnx.split(init_decoder(config, seed))
   started = time.monotonic()
 
   def log(number: int, step: int, metrics: dict[str, Array], evaluate: bool) -> None:
@@ -223,7 +247,7 @@ def train(
   for number, phase in enumerate(phases):
     optimizer = make_optimizer(phase)
     opt_state = optimizer.init(params)
-    train_step = _make_train_step(graphdef, optimizer)
+    train_step = _make_train_step(config, graphdef, optimizer)
     stream = example_stream(examples, phase.shares, np.random.default_rng(seed + number))
     for step in range(1, phase.steps + 1):
       params, opt_state, metrics = train_step(params, opt_state, pack(stream, rows, length))
@@ -232,13 +256,16 @@ def train(
   return nnx.merge(graphdef, params)
 
 
-def _make_train_step(graphdef: Any, optimizer: optax.GradientTransformation) -> Callable[..., tuple[Any, Any, Any]]:
+def _make_train_step(
+  config: ModelConfig, graphdef: Any, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[Any, Any, Any]]:
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def train_step(params, opt_state, batch):
     loss = lambda params: loss_function(nnx.merge(graphdef, params), batch)
     (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, metrics
+    params = balance_correction(config, optax.apply_updates(params, updates), metrics.pop("picks"))
+    return params, opt_state, metrics
 
   return train_step
 

@@ -15,7 +15,7 @@ import rich.console
 from zeda_jax.checkpoint import names
 from zeda_jax.checkpoint.huggingface import load_hf
 from zeda_jax.checkpoint.safetensors_io import StoredTensor, open_weights
-from zeda_jax.config import ModelConfig, read_config
+from zeda_jax.config import ModelConfig, read_config, to_hf
 from zeda_jax.data import chat
 from zeda_jax.data.prompts import Prompts, open_prompts
 from zeda_jax.distill.recipe import check_config
@@ -97,6 +97,8 @@ def open_job(config: ml_collections.ConfigDict, console: rich.console.Console | 
   model = read_config(config.teacher)
   if model.is_dynamic:
     raise ZedaError(f"config.teacher: {config.teacher} already has zero experts; expected the static model.")
+  if config.export.plain:
+    to_hf(model.replace(num_zero_experts=1), "plain")  # refused now rather than after the training
   stored = open_weights(config.teacher)
   names.check_tensors(stored, model, config.teacher)
   tokenizer = chat.load_tokenizer(config.teacher)

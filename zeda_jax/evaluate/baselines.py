@@ -46,5 +46,5 @@ def matched_threshold(
       segments[row, : len(p) + len(r)] = 1
       response[row, len(p) - 1 : len(p) + len(r) - 1] = True
     weights = np.asarray(weights_of(params, jnp.asarray(tokens), jnp.asarray(segments)))[:, response]
-    shares.append((weights / weights[..., :1]).reshape(-1))
+    shares.append((weights / weights.max(axis=-1, keepdims=True)).reshape(-1))
   return float(np.quantile(np.concatenate(shares), ratio))

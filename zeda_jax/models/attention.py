@@ -1,26 +1,28 @@
-"""Grouped-query attention with normalised queries and keys (Qwen3)."""
+"""Grouped-query attention with normalised queries and keys (Qwen3, OLMoE)."""
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from zeda_jax.config import ModelConfig
-from zeda_jax.models.cache import KVCache, update_cache
+from zeda_jax.models.cache import Cache, KVCache, update_cache
 from zeda_jax.models.layers import Linear, RMSNorm, apply_rope
 from zeda_jax.ops.attention import attention
 
 
 class Attention(nnx.Module):
-  """q, k, v projections, per-head RMS norm of q and k, RoPE, attention, output projection."""
+  """q, k, v projections, RMS norm of q and k (per head or over all heads), RoPE, attention, output projection."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     hidden, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
-    self.head_dim = dim
+    self.config = config
     self.q_proj = Linear(hidden, config.num_heads * dim, bias=bias, rngs=rngs)
     self.k_proj = Linear(hidden, config.num_kv_heads * dim, bias=bias, rngs=rngs)
     self.v_proj = Linear(hidden, config.num_kv_heads * dim, bias=bias, rngs=rngs)
     self.o_proj = Linear(config.num_heads * dim, hidden, bias=bias, rngs=rngs)
-    self.q_norm = RMSNorm(dim, config.rms_norm_eps)
-    self.k_norm = RMSNorm(dim, config.rms_norm_eps)
+    q_normed, k_normed = (dim, dim) if config.qk_norm == "head" else (config.num_heads * dim, config.num_kv_heads * dim)
+    self.q_norm = RMSNorm(q_normed, config.rms_norm_eps)
+    self.k_norm = RMSNorm(k_normed, config.rms_norm_eps)
 
   def __call__(
     self,
@@ -29,14 +31,20 @@ class Attention(nnx.Module):
     mask: Bool[Array, "#B T S"],
     positions: Int[Array, "B T"],
     layer: Int[Array, ""],
-    cache: KVCache | None,
-  ) -> tuple[Float[Array, "B T H"], KVCache | None]:
+    cache: Cache | None,
+  ) -> tuple[Float[Array, "B T H"], Cache | None]:
     """With a cache, the new keys and values are written to it and the queries see all of its row."""
-    heads = (*x.shape[:2], -1, self.head_dim)
-    query = apply_rope(self.q_norm(self.q_proj(x).reshape(heads)), rope)
-    key = apply_rope(self.k_norm(self.k_proj(x).reshape(heads)), rope)
-    value = self.v_proj(x).reshape(heads)
+    query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    if self.config.qk_norm == "projection":
+      query, key = self.q_norm(query), self.k_norm(key)
+    if self.config.clip_qkv is not None:
+      query, key, value = (jnp.clip(y, -self.config.clip_qkv, self.config.clip_qkv) for y in (query, key, value))
+    query, key, value = (y.reshape(*x.shape[:2], -1, self.config.head_dim) for y in (query, key, value))
+    if self.config.qk_norm == "head":
+      query, key = self.q_norm(query), self.k_norm(key)
+    query, key = apply_rope(query, rope), apply_rope(key, rope)
     if cache is not None:
+      assert isinstance(cache, KVCache)
       cache, key, value = update_cache(cache, layer, positions, key, value)
     out = attention(query, key, value, mask)
     return self.o_proj(out.reshape(*x.shape[:2], -1)), cache

@@ -1,4 +1,4 @@
-"""The key/value cache of all layers: one pair of arrays that a jitted decode step can update in place."""
+"""The cache of all layers: arrays that a jitted decode step can update in place."""
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,26 @@ class KVCache:
     return self.key.shape[2]
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype | None = None) -> KVCache:
-  """An empty cache; `dtype` defaults to the activations'."""
-  shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
-  zeros = jnp.zeros(shape, dtype or config.dtype)
+@struct.dataclass
+class LatentCache:
+  """Multi-head latent attention's cache: C = kv_lora_rank + rope_head_dim numbers per token, nothing per head."""
+
+  latents: Float[Array, "L B S C"]
+
+  @property
+  def length(self) -> int:
+    return self.latents.shape[2]
+
+
+Cache = KVCache | LatentCache
+
+
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype | None = None) -> Cache:
+  """An empty cache of the kind that the model's attention wants; `dtype` defaults to the activations'."""
+  slots = (config.num_layers, batch, length)
+  if config.mla is not None:
+    return LatentCache(jnp.zeros((*slots, config.mla.kv_lora_rank + config.mla.rope_head_dim), dtype or config.dtype))
+  zeros = jnp.zeros((*slots, config.num_kv_heads, config.head_dim), dtype or config.dtype)
   return KVCache(key=zeros, value=zeros)
 
 
@@ -35,11 +51,25 @@ def update_cache(
   value: Float[Array, "B T M D"],
 ) -> tuple[KVCache, Float[Array, "B S M D"], Float[Array, "B S M D"]]:
   """Writes one layer's new keys and values at `positions`; returns the cache and that layer's whole rows."""
-  rows = jnp.arange(key.shape[0])[:, None]
+  cache = KVCache(_write(cache.key, layer, positions, key), _write(cache.value, layer, positions, value))
+  return cache, _layer_of(cache.key, layer), _layer_of(cache.value, layer)
 
-  def write(store: Array, new: Array) -> Array:
-    return store.at[layer, rows, positions].set(new.astype(store.dtype), mode="drop")
 
-  cache = KVCache(key=write(cache.key, key), value=write(cache.value, value))
-  pick = lambda store: jax.lax.dynamic_index_in_dim(store, layer, keepdims=False)
-  return cache, pick(cache.key), pick(cache.value)
+def update_latents(
+  cache: LatentCache, layer: Int[Array, ""], positions: Int[Array, "B T"], latents: Float[Array, "B T C"]
+) -> tuple[LatentCache, Float[Array, "B S C"]]:
+  """Writes one layer's new latents at `positions`; returns the cache and that layer's whole rows."""
+  cache = LatentCache(_write(cache.latents, layer, positions, latents))
+  return cache, _layer_of(cache.latents, layer)
+
+
+def _write(
+  store: Float[Array, "L B S *d"], layer: Int[Array, ""], positions: Int[Array, "B T"], new: Float[Array, "B T *d"]
+) -> Float[Array, "L B S *d"]:
+  """store[layer, b, positions[b, t]] = new[b, t]; positions past the end are dropped."""
+  rows = jnp.arange(new.shape[0])[:, None]
+  return store.at[layer, rows, positions].set(new.astype(store.dtype), mode="drop")
+
+
+def _layer_of(store: Float[Array, "L *d"], layer: Int[Array, ""]) -> Float[Array, "*d"]:
+  return jax.lax.dynamic_index_in_dim(store, layer, keepdims=False)

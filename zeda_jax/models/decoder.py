@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 from zeda_jax.config import ModelConfig
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.attention import Attention
-from zeda_jax.models.cache import KVCache
+from zeda_jax.models.cache import Cache
 from zeda_jax.models.layers import DenseMLP, Embedding, Linear, RMSNorm, rope_tables
+from zeda_jax.models.mla import MLA
 from zeda_jax.models.moe import MoELayer
 from zeda_jax.ops.attention import cache_mask, packed_mask
 from zeda_jax.zero_experts import Routing, new_router_rows
@@ -30,7 +31,7 @@ class HiddenOutput:
   picks: Int[Array, "L B T K"]
   pick_weights: Float[Array, "L B T K"]
   aux_loss: Float[Array, " L"]
-  cache: KVCache | None
+  cache: Cache | None
 
 
 @struct.dataclass
@@ -55,13 +56,13 @@ class _Shared:
 class DecoderLayer(nnx.Module):
   def __init__(self, config: ModelConfig, is_moe: bool, rngs: nnx.Rngs):
     self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-    self.attention = Attention(config, rngs)
+    self.attention = Attention(config, rngs) if config.mla is None else MLA(config, rngs)
     self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     self.mlp = MoELayer(config, rngs) if is_moe else DenseMLP(config, rngs)
 
   def __call__(
-    self, x: Float[Array, "B T H"], layer: Int[Array, ""], cache: KVCache | None, shared: _Shared
-  ) -> tuple[Float[Array, "B T H"], KVCache | None, tuple[Array, Array, Array] | None]:
+    self, x: Float[Array, "B T H"], layer: Int[Array, ""], cache: Cache | None, shared: _Shared
+  ) -> tuple[Float[Array, "B T H"], Cache | None, tuple[Array, Array, Array] | None]:
     with jax.named_scope("attention"):
       out, cache = self.attention(self.input_norm(x), shared.rope, shared.mask, shared.positions, layer, cache)
       x = x + out
@@ -131,7 +132,7 @@ class Decoder(nnx.Module):
     positions: Int[Array, "B T"] | None = None,
     zero_expert_bias: float | Array = 0.0,
     *,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     aux_loss: AuxLoss | None = None,
   ) -> HiddenOutput:
     """Everything but the head, for losses and samplers that never want all logits at once.
@@ -142,7 +143,7 @@ class Decoder(nnx.Module):
       positions = segment_positions(segment_ids, tokens.shape)
     mask = packed_mask(segment_ids, tokens.shape[1]) if cache is None else cache_mask(positions, cache.length)
     live = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
-    rope = rope_tables(self.config.rope, self.config.head_dim, positions)
+    rope = rope_tables(self.config.rope, self.config.rope_dim, positions)
     shared = _Shared(rope, mask, positions, live, zero_expert_bias, aux_loss)
 
     x = self.embed(tokens, jnp.dtype(self.config.dtype))
@@ -206,9 +207,12 @@ def inject(model: Decoder, num_zero_experts: int | None = None, seed: int = 0) -
   state = nnx.to_pure_dict(nnx.state(model))
   for run, params in zip(config.layer_runs, (state["runs"][i] for i in range(len(state["runs"]))), strict=True):
     if run.is_moe:
-      rows = np.asarray(params["mlp"]["router"]["weight"])
-      new = [new_router_rows(rows[i], count, seed, run.start + i) for i in range(run.length)]
-      params["mlp"]["router"]["zero_weight"] = jnp.asarray(np.stack(new))
+      router = params["mlp"]["router"]
+      for name in ("weight", "correction_bias"):
+        if name in router:
+          rows = np.asarray(router[name])
+          new = [new_router_rows(rows[i], count, seed, run.start + i) for i in range(run.length)]
+          router["zero_" + name] = jnp.asarray(np.stack(new))
   nnx.replace_by_pure_dict(target, state)
   return nnx.merge(graphdef, target)
 

@@ -51,15 +51,16 @@ class RMSNorm(nnx.Module):
 
 
 class DenseMLP(nnx.Module):
-  """SwiGLU: down(silu(gate(x)) * up(x)); the layers that are not a mixture of experts."""
+  """SwiGLU: down(silu(gate(x)) * up(x)); the layers that are not a mixture of experts, and shared experts."""
 
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    hidden, inner = config.hidden_size, config.intermediate_size
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs, inner: int | None = None):
+    hidden = config.hidden_size
+    inner = config.intermediate_size if inner is None else inner
     self.gate_proj = Linear(hidden, inner, rngs=rngs)
     self.up_proj = Linear(hidden, inner, rngs=rngs)
     self.down_proj = Linear(inner, hidden, rngs=rngs)
 
-  def __call__(self, x: Float[Array, "B T H"]) -> Float[Array, "B T H"]:
+  def __call__(self, x: Float[Array, "*b H"]) -> Float[Array, "*b H"]:
     return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -92,14 +93,14 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Float[np.ndarray, " D/
 def _yarn_attention_factor(rope: RopeConfig) -> float:
   if rope.attention_factor is not None:
     return rope.attention_factor
-
-  def mscale(factor: float, slope: float = 1.0) -> float:
-    return 1.0 if factor <= 1 else 0.1 * slope * math.log(factor) + 1.0
-
   assert rope.factor is not None
   if rope.mscale and rope.mscale_all_dim:
-    return mscale(rope.factor, rope.mscale) / mscale(rope.factor, rope.mscale_all_dim)
-  return mscale(rope.factor)
+    return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+  return yarn_mscale(rope.factor)
+
+
+def yarn_mscale(factor: float, slope: float = 1.0) -> float:
+  return 1.0 if factor <= 1 else 0.1 * slope * math.log(factor) + 1.0
 
 
 def rope_tables(
@@ -111,8 +112,14 @@ def rope_tables(
   return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def apply_rope(x: Float[Array, "B T N D"], tables: tuple[Array, Array]) -> Float[Array, "B T N D"]:
-  """Rotates the pairs (x[i], x[i + D/2]) of every head."""
+def apply_rope(
+  x: Float[Array, "B T N D"], tables: tuple[Array, Array], interleaved: bool = False
+) -> Float[Array, "B T N D"]:
+  """Rotates the pairs (x[i], x[i + D/2]) of every head, or (x[2i], x[2i + 1]) where they are interleaved.
+
+  Either way pair i comes out at (i, i + D/2): products of queries and keys do not depend on the order.
+  """
   cos, sin = (t[:, :, None, :] for t in tables)
-  left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  wide = x.astype(jnp.float32)
+  left, right = (wide[..., 0::2], wide[..., 1::2]) if interleaved else jnp.split(wide, 2, axis=-1)
   return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)

@@ -6,19 +6,26 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from zeda_jax.config import ModelConfig
-from zeda_jax.models.layers import normal_init
+from zeda_jax.models.layers import DenseMLP, normal_init
 from zeda_jax.ops.grouped_matmul import grouped_matmul, grouped_swiglu
 from zeda_jax.zero_experts import Routing, route, router_scores
 
 
 class Router(nnx.Module):
-  """Scores of all experts in fp32. Zero experts keep their rows apart, so that they can be masked exactly."""
+  """Scores of all experts in fp32. Zero experts keep their rows apart, so that they can be masked exactly.
+
+  Sigmoid routers have a correction bias, which decides the picks and has no gradient: it is no trained parameter (see
+  models/params.py), but what pre-training left there.
+  """
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
     self.weight = normal_init(rngs, (config.num_experts, config.hidden_size))
     zero = config.num_zero_experts
     self.zero_weight = normal_init(rngs, (zero, config.hidden_size)) if zero else None
+    corrected = config.scoring == "sigmoid"
+    self.correction_bias = nnx.Param(jnp.zeros(config.num_experts)) if corrected else None
+    self.zero_correction_bias = nnx.Param(jnp.zeros(zero)) if corrected and zero else None
 
   def __call__(self, x: Float[Array, "T H"], zero_expert_bias: float | Array = 0.0) -> Routing:
     config = self.config
@@ -27,14 +34,25 @@ class Router(nnx.Module):
       return jnp.matmul(x.astype(jnp.float32), rows[...].astype(jnp.float32).T, precision="highest")
 
     zero_logits = None if self.zero_weight is None else logits(self.zero_weight)
-    return route(
-      router_scores(logits(self.weight), zero_logits, zero_expert_bias),
+    routing = route(
+      router_scores(logits(self.weight), zero_logits, zero_expert_bias, config.scoring),
       config.num_experts_per_tok,
       config.num_experts,
+      correction=self._correction(),
+      num_groups=config.num_groups,
+      top_groups=config.top_groups,
       normalize=config.norm_topk_prob,
+      scaling=config.routed_scaling_factor,
       execute_top_k=config.execute_top_k,
       skip_threshold=config.skip_threshold,
     )
+    if config.scoring == "softmax":
+      return routing
+    return routing._replace(scores=routing.scores / (routing.scores.sum(axis=-1, keepdims=True) + 1e-20))
+
+  def _correction(self) -> Float[Array, " E"] | None:
+    parts = [p[...].astype(jnp.float32) for p in (self.correction_bias, self.zero_correction_bias) if p is not None]
+    return jnp.concatenate(parts) if parts else None
 
 
 class Experts(nnx.Module):
@@ -52,12 +70,14 @@ class Experts(nnx.Module):
 
 
 class MoELayer(nnx.Module):
-  """Router and experts. Padding tokens take no expert, whatever they pick."""
+  """Router and experts, and the shared expert that every token takes. Padding picks no expert, whatever it scores."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.router = Router(config, rngs)
     self.experts = Experts(config, rngs)
     self.num_experts = config.num_experts
+    shared = config.num_shared_experts
+    self.shared_experts = DenseMLP(config, rngs, shared * config.moe_intermediate_size) if shared else None
 
   def __call__(
     self, x: Float[Array, "T H"], zero_expert_bias: float | Array = 0.0, live: Bool[Array, " T"] | None = None
@@ -66,7 +86,8 @@ class MoELayer(nnx.Module):
     picks = routing.picks
     if live is not None:
       picks = jnp.where(live[:, None], picks, self.num_experts)
-    return self.experts(x, picks, routing.weights), routing
+    out = self.experts(x, picks, routing.weights)
+    return (out if self.shared_experts is None else out + self.shared_experts(x)), routing
 
 
 def run_experts(

@@ -54,6 +54,11 @@ def _is_norm(path: Path) -> bool:
   return path[-1] == "scale"
 
 
+def _is_buffer(path: Path) -> bool:
+  """Correction biases decide picks only, so no gradient reaches them: held and saved, never trained or decayed."""
+  return path[-1] in ("correction_bias", "zero_correction_bias")
+
+
 TRAINABLE: dict[str, Callable[[Path], bool]] = {
   "all": lambda path: True,
   "router": _is_router,
@@ -62,11 +67,12 @@ TRAINABLE: dict[str, Callable[[Path], bool]] = {
 
 
 def trainable_partition(params: Params, trainable: str) -> tuple[Params, Params]:
-  """(trained, frozen) parameters of the set named by `trainable`.
+  """(trained, frozen) parameters of the set named by `trainable`; correction biases are always frozen.
 
   Raises:
     ZedaError: the set is unknown.
   """
   if trainable not in TRAINABLE:
     raise ZedaError(f"trainable is {trainable!r}; expected one of {', '.join(TRAINABLE)}.")
-  return partition(params, TRAINABLE[trainable])
+  chosen = TRAINABLE[trainable]
+  return partition(params, lambda path: chosen(path) and not _is_buffer(path))

@@ -24,17 +24,18 @@ def cache_mask(positions: Int[Array, "B T"], cache_length: int) -> Bool[Array, "
 def attention(
   query: Float[Array, "B T N D"],
   key: Float[Array, "B S M D"],
-  value: Float[Array, "B S M D"],
+  value: Float[Array, "B S M V"],
   mask: Bool[Array, "#B T S"],
-) -> Float[Array, "B T N D"]:
-  """softmax(q k / sqrt(D)) v in fp32; N query heads share M key/value heads, N a multiple of M."""
+  scale: float | None = None,
+) -> Float[Array, "B T N V"]:
+  """softmax(scale q k) v in fp32, scale 1 / sqrt(D) by default; N query heads share M key/value heads, N = M * any."""
   batch, length, heads, dim = query.shape
   groups = key.shape[2]
-  query = query.reshape(batch, length, groups, heads // groups, dim) * dim**-0.5
+  query = query.reshape(batch, length, groups, heads // groups, dim) * (dim**-0.5 if scale is None else scale)
   logits = jnp.einsum("btmgd,bsmd->bmgts", query, key, preferred_element_type=jnp.float32)
   logits = jnp.where(mask[:, None, None], logits, _MASKED)
   weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-  out = jnp.einsum("bmgts,bsmd->btmgd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+  out = jnp.einsum("bmgts,bsmv->btmgv", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
   # Dividing the D outputs instead of the S weights saves a pass over the largest array.
   out = out / jnp.einsum("bmgts->btmg", weights)[..., None]
-  return out.reshape(batch, length, heads, dim).astype(value.dtype)
+  return out.reshape(batch, length, heads, value.shape[-1]).astype(value.dtype)

@@ -11,7 +11,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from zeda_jax.errors import ZedaError
-from zeda_jax.models.cache import KVCache, init_cache
+from zeda_jax.models.cache import Cache, init_cache
 from zeda_jax.models.decoder import Decoder, HiddenOutput
 from zeda_jax.rollout.sampling import Sampling, sample
 
@@ -34,7 +34,7 @@ class _Decoding:
   step: Int[Array, ""]
   token: Int[Array, " B"]
   done: Bool[Array, " B"]
-  cache: KVCache
+  cache: Cache
   tokens: Int[Array, "B S"]
   logprobs: Float[Array, "B S"]
   zero_picks: Float[Array, " B"]
