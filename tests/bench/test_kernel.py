@@ -71,7 +71,7 @@ def test_skipped_columns_say_why():
   report = tiny_bench("kernel", ratios=(0.0,), columns=("tiled", "reference", "megablox"), max_seconds=1e-9)
   for row in report.rows:
     assert isinstance(row.cells["dense"], Timing)
-    assert row.cells["reference"] == "skipped: would take about 0.0 s"
+    assert row.cells["reference"].startswith("skipped: would take about ")
     assert row.cells["megablox"] == "runs on tpu only"
   assert report.columns == ("dense", "tiled", "reference", "megablox")
 

@@ -80,7 +80,7 @@ def compiled(
   cost = program.cost_analysis() or {}
   seconds = cost.get("flops", 0.0) / machine.dense_rate
   if seconds > max_seconds:
-    return f"skipped: would take about {seconds:.1f} s"
+    return f"skipped: would take about {seconds:.2g} s"
   memory = program.memory_analysis()
   needed = memory.temp_size_in_bytes + memory.output_size_in_bytes if memory is not None else 0
   if needed > free_bytes():

@@ -20,7 +20,7 @@ KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
   "layer": (layer, tuple(torch_block.TORCH)),
 }
 # A CPU does in a second what an accelerator does in a few milliseconds.
-_CPU = {"dtype": "float32", "scale": 0.125, "repeats": 3}
+_CPU = {"dtype": "float32", "scale": 0.0625, "repeats": 3}
 _ACCELERATOR = {"dtype": "bfloat16", "scale": 1.0, "repeats": 10}
 _SMALL = 0.01  # a scale below which only the program is tried out, and the rates are not worth seconds
 

@@ -75,7 +75,7 @@ class Options:
   scale: float | None = None
   repeats: int | None = None
   backward: bool = False
-  max_seconds: float = 0.5
+  max_seconds: float = 0.1
 
   @property
   def passes(self) -> tuple[bool, ...]:

@@ -67,7 +67,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
   parser.add_argument("--ratios", help="zero ratios (default: 0,0.25,0.5,0.75)")
   parser.add_argument("--backends", help="columns beside dense: backends and peers (default: all that run here)")
   parser.add_argument("--dtype", help="float32 or bfloat16 (default: float32 on a CPU)")
-  parser.add_argument("--scale", type=float, help="factor on the tokens (default: 0.125 on a CPU, else 1)")
+  parser.add_argument("--scale", type=float, help="factor on the tokens (default: 0.0625 on a CPU, else 1)")
   parser.add_argument("--repeats", type=int, help="rounds (default: 3 on a CPU, else 10)")
   parser.add_argument("--backward", action="store_true", help="forward + backward, too")
   parser.add_argument(
