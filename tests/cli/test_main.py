@@ -33,7 +33,9 @@ def test_no_arguments_is_help(capsys):
   assert all(f"  {command}" in text for command in cli.COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["adapt", "--help"], ["demo", "--help"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+  "arguments", [["--help"], ["adapt", "--help"], ["demo", "--help"], ["generate", "--help"], ["bench", "--help"]]
+)
 def test_help_does_not_import_jax(arguments):
   code = (
     f"import sys; from {MAIN} import main\ntry:\n  main({arguments!r})\nexcept SystemExit:\n  pass\n"

@@ -16,6 +16,7 @@ COMMANDS = {
   "export": ("adapt", "adapt, up to the exported Hugging Face directory"),
   "inject": ("inject", "add zero experts to a Hugging Face directory, untrained"),
   "generate": ("generate", "answer prompts with a static or dynamic checkpoint"),
+  "bench": ("bench", "speed of the grouped matmul and of the MoE layer on this machine"),
 }
 
 _USAGE = """zeda: post-trained mixture-of-experts models that skip half of their expert work

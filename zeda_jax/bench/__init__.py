@@ -1,0 +1,1 @@
+"""Benchmarks of the grouped matmul and of the MoE layer: what `zeda bench` and benchmarks/ run."""
