@@ -126,7 +126,7 @@ def partitions(shape):
 class Contract:
   """The tests of one backend."""
 
-  backend: str
+  backend: str | None
 
   @pytest.mark.parametrize("shape_index", range(len(SHAPES)))
   def test_every_pattern_of_empty_groups(self, shape_index):

@@ -10,6 +10,10 @@ from zeda_jax.errors import ZedaError
 from zeda_jax.ops.grouped_matmul import BACKENDS, grouped_matmul, grouped_swiglu
 
 
+class TestDefault(Contract):
+  backend = None  # chosen by the platform
+
+
 class TestReference(Contract):
   backend = "reference"
 

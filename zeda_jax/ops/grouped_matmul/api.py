@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from zeda_jax.errors import ZedaError
 from zeda_jax.ops.grouped_matmul import pallas_gpu, pallas_tpu, ragged_dot, reference, tiled
 from zeda_jax.ops.grouped_matmul.activation import swiglu_halves
-from zeda_jax.ops.grouped_matmul.platforms import refuse_other_platforms
+from zeda_jax.ops.grouped_matmul.platforms import by_platform
 from zeda_jax.ops.grouped_matmul.varying import vary_alike
 
 
@@ -158,37 +158,37 @@ def _hashable(precision: Any) -> Any:
   return tuple(precision) if isinstance(precision, list) else precision
 
 
-def _dispatch(function: str, backend: str | None, *operands: Array, **options) -> Array:
+def _dispatch(
+  function: str, options: _Options, operands: tuple[Array, Array, Array], shape: tuple[int, ...], **more: Any
+) -> Array:
   """Runs a function of the backend; None is resolved when the program is lowered, by its platform."""
 
   def of(name: str) -> Callable[..., Array]:
-    return functools.partial(getattr(BACKENDS[name], function), **options)
+    arguments = {"precision": options.precision, "dtype": options.dtype, **more}
+    return functools.partial(getattr(BACKENDS[name], function), **arguments)
 
-  if backend is None:
-    # An entry of DEFAULTS is only traced here; only the platform's own is lowered and compiled.
-    by_platform = {platform: of(name) for platform, name in DEFAULTS.items()}
-    run: Callable[..., Array] = functools.partial(jax.lax.platform_dependent, **by_platform, default=of(ELSEWHERE))
-  elif (platforms := BACKENDS[backend].platforms) is not None:
-    others = ", ".join(name for name, other in BACKENDS.items() if other.platforms is None)
-    run = refuse_other_platforms(
-      of(backend), platforms, f"grouped_matmul: backend {backend!r} runs on {' or '.join(platforms)}, and this program "
-      "is compiled for {platform}; leave backend=None, or name one of those that run anywhere: " + others + "."
-    )  # fmt: skip
+  name = options.backend
+  platforms = () if name is None else BACKENDS[name].platforms
+  if name is not None and platforms is None:
+    run = of(name)
   else:
-    run = of(backend)
+    anywhere = ", ".join(other for other, backend in BACKENDS.items() if backend.platforms is None)
+    run = functools.partial(
+      by_platform,
+      shape=shape,
+      dtype=options.dtype,
+      functions={platform: of(name or DEFAULTS[platform]) for platform in platforms or DEFAULTS},
+      default=of(ELSEWHERE) if name is None else None,
+      refusal=f"grouped_matmul: backend {name!r} runs on {' or '.join(platforms or ())}, and this program is compiled "
+      f"for {{platform}}; leave backend=None, or name one of those that run anywhere: {anywhere}.",
+    )
   # A vmapped product is a loop of products: batching the kernels' dynamic loops would run each as often as the longest.
   return sequential_vmap(run)(*operands)
 
 
 def _product(lhs: Array, rhs: Array, group_sizes: Array, options: _Options, *, transpose_rhs: bool = False) -> Array:
-  return _dispatch(
-    "product",
-    options.backend,
-    *(lhs, rhs, group_sizes),
-    transpose_rhs=transpose_rhs,
-    precision=options.precision,
-    dtype=options.dtype,
-  )
+  shape = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
+  return _dispatch("product", options, (lhs, rhs, group_sizes), shape, transpose_rhs=transpose_rhs)
 
 
 def _product_gradients(
@@ -196,12 +196,9 @@ def _product_gradients(
 ) -> tuple[Array, Array, None]:
   """d_lhs is a grouped product with the matrices transposed, d_rhs a transposed grouped product."""
   lhs, rhs, group_sizes = residuals
-  grad = grad.astype(lhs.dtype)
-  d_lhs = _product(grad, rhs, group_sizes, options._replace(dtype=lhs.dtype), transpose_rhs=True)
-  d_rhs = _dispatch(
-    "weight_product", options.backend, *(lhs, grad, group_sizes), precision=options.precision, dtype=rhs.dtype
-  )
-  return d_lhs, d_rhs, None
+  grad, options = grad.astype(lhs.dtype), options._replace(dtype=lhs.dtype)
+  d_lhs = _product(grad, rhs, group_sizes, options, transpose_rhs=True)
+  return d_lhs, _dispatch("weight_product", options, (lhs, grad, group_sizes), rhs.shape), None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -214,8 +211,7 @@ _grouped_matmul.defvjp(lambda *arguments: (_product(*arguments), arguments[:3]),
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _grouped_swiglu(lhs, gate_up, group_sizes, options):
-  common = {"precision": options.precision, "dtype": options.dtype}
-  return _dispatch("swiglu", options.backend, lhs, gate_up, group_sizes, **common)
+  return _dispatch("swiglu", options, (lhs, gate_up, group_sizes), (lhs.shape[0], gate_up.shape[2] // 2))
 
 
 def _swiglu_forward(lhs, gate_up, group_sizes, options):

@@ -1,4 +1,9 @@
-"""A sentence instead of a compiler's stack trace when a kernel is lowered for a platform that it has no code for."""
+"""One operation with different code on different platforms, chosen when a program is lowered.
+
+jax.lax.platform_dependent does the same, but traces the code of every platform each time, and kernels take long to
+trace. Here only the platform's own is traced, and a platform without code gets a sentence, not a stack trace of a
+kernel compiler.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,28 +15,52 @@ from jax.interpreters import mlir
 from zeda_jax.errors import ZedaError
 
 # The platform is known only when a program is lowered (it may be compiled ahead of time for another machine), so the
-# check is an operation of the program: it returns its operand and raises while it is lowered.
-_only_on = Primitive("only_on")
-_only_on.def_abstract_eval(lambda operand, **_: operand)
-_only_on.def_impl(lambda operand, **params: jax.jit(lambda x: _only_on.bind(x, **params))(operand))
+# choice is an operation of the program.
+_by_platform = Primitive("by_platform")
 
 
-def _lower(context: mlir.LoweringRuleContext, operand: Any, *, platforms: tuple[str, ...], message: str) -> list[Any]:
-  for platform in context.module_context.platforms:
-    if platform not in platforms:
-      raise ZedaError(message.format(platform=platform))
-  return [operand]
+@_by_platform.def_abstract_eval
+def _abstract_eval(first, *_, shape: tuple[int, ...], dtype: Any, **__):
+  sharding = jax.sharding.NamedSharding(first.sharding.mesh, jax.sharding.PartitionSpec(*[None] * len(shape)))
+  return jax.core.ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=first.manual_axis_type)
 
 
-mlir.register_lowering(_only_on, _lower)
+@_by_platform.def_impl
+def _run(*operands, **params):
+  return jax.jit(lambda *arrays: _by_platform.bind(*arrays, **params))(*operands)
 
 
-def refuse_other_platforms(
-  function: Callable[..., Any], platforms: tuple[str, ...], message: str
-) -> Callable[..., Any]:
-  """`function`, raising ZedaError(message) when it is lowered for any other platform; {platform} names that one."""
+def _lower(context: mlir.LoweringRuleContext, *operands: Any, functions, default, refusal: str, **_) -> Any:
+  platforms = context.module_context.platforms
+  chosen = {dict(functions).get(platform, default) for platform in platforms}
+  if len(chosen) > 1:
+    raise ZedaError(f"grouped_matmul: the program is lowered for {' and '.join(platforms)} at once; name one platform.")
+  (function,) = chosen
+  if function is None:
+    raise ZedaError(refusal.format(platform=platforms[0]))
+  return mlir.lower_fun(function, multiple_results=False)(context, *operands)
 
-  def guarded(first: Any, *rest: Any) -> Any:
-    return function(_only_on.bind(first, platforms=platforms, message=message), *rest)
 
-  return guarded
+mlir.register_lowering(_by_platform, _lower)
+
+
+def by_platform(
+  *operands: jax.Array,
+  shape: tuple[int, ...],
+  dtype: jax.typing.DTypeLike,
+  functions: dict[str, Callable[..., jax.Array]],
+  default: Callable[..., jax.Array] | None,
+  refusal: str = "",
+) -> jax.Array:
+  """functions[platform](*operands), or default(*operands) on a platform that `functions` does not name.
+
+  Args:
+    operands: arrays that vary over the same mesh axes.
+    shape: of the result.
+    dtype: of the result.
+    functions: by the name of JAX's platforms: "cpu", "cuda", "tpu", ...
+    default: for the others; None raises there, when the program is lowered.
+    refusal: what that ZedaError says; {platform} in it names the platform.
+  """
+  params = {"functions": tuple(functions.items()), "default": default, "refusal": refusal}
+  return _by_platform.bind(*operands, shape=shape, dtype=dtype, **params)
