@@ -1,7 +1,7 @@
 """Weights, tokens and routing of a shape: one MoE layer whose own router picks, as unevenly as real ones do.
 
 Tokens are Gaussian around a common mean and router rows are Gaussian, so an expert's logit is N(0, 1) over the tokens
-plus a popularity of its own, drawn from N(0, POPULARITY²): at K = 8 of 128 the busiest expert gets about three times
+plus a popularity of its own, drawn from N(0, POPULARITY²): at K = 8 of 128 the busiest expert gets three to five times
 the mean, some a third of it. The zero ratio is set with the layer's dial, zero_expert_bias.
 """
 
