@@ -50,7 +50,7 @@ def test_refuses_before_jax_is_there(arguments, expected, capsys):
 
 def test_unknown_backend(capsys):
   assert cli.main(["bench", "kernel", *TOY[:-1], "--backends=cublas"]) == 2
-  assert "backend 'cublas' is unknown; expected some of tiled" in capsys.readouterr().err
+  assert "backend 'cublas' is unknown; expected some of pallas_tpu, pallas_gpu, tiled" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["grouped_matmul", "moe_layer"])

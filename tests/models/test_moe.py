@@ -90,9 +90,9 @@ def test_work_follows_the_picks_that_are_left(monkeypatch):
   seen = []
 
   def counting(function):
-    def counted(lhs, rhs, group_sizes):
+    def counted(lhs, rhs, group_sizes, **options):
       jax.debug.callback(lambda sizes: seen.append(np.asarray(sizes)), group_sizes)
-      return function(lhs, rhs, group_sizes)
+      return function(lhs, rhs, group_sizes, **options)
 
     return counted
 

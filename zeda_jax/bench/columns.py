@@ -1,8 +1,7 @@
 """From a function to a column of the table: compiled, checked, or skipped with the reason in words."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from zeda_jax.bench.shapes import Options, Shape
 from zeda_jax.bench.table import DENSE, Row
 from zeda_jax.bench.timing import Timing, measure
 from zeda_jax.errors import ZedaError
-from zeda_jax.ops.grouped_matmul import BACKENDS, api
+from zeda_jax.ops.grouped_matmul import BACKENDS
 
 # Largest difference to the first column that still counts as the same result, relative to the largest value.
 _TOLERANCE = {("cpu", "float32"): 1e-4}
@@ -48,21 +47,6 @@ def chosen(options: Options, machine: Machine, peers: Sequence[str]) -> dict[str
     return f"runs on {' or '.join(BACKENDS[name].platforms or ())} only"
 
   return {name: reason(name) for name in options.columns}
-
-
-@contextlib.contextmanager
-def default_backend(name: str) -> Iterator[None]:
-  """What is traced inside takes the backend `name` wherever it leaves the choice to the platform."""
-  before, elsewhere = dict(api.DEFAULTS), api.ELSEWHERE
-  jax.clear_caches()  # a trace does not know which default it was made under
-  api.DEFAULTS.clear()
-  api.ELSEWHERE = name
-  try:
-    yield
-  finally:
-    api.DEFAULTS.update(before)
-    api.ELSEWHERE = elsewhere
-    jax.clear_caches()
 
 
 def compiled(

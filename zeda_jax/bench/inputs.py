@@ -113,10 +113,12 @@ def make_layer(shape: Shape, dtype: str, seed: int = 0, params: Params | None = 
   return Layer(shape, graphdef, params, x.astype(dtype))
 
 
-def apply(graphdef: nnx.GraphDef, params: Params, x: Float[Array, "T H"], bias: float | Array) -> Any:
+def apply(
+  graphdef: nnx.GraphDef, params: Params, x: Float[Array, "T H"], bias: float | Array, backend: str | None = None
+) -> Any:
   """What the MoELayer returns: (out [T, H], Routing)."""
   module: Any = nnx.merge(graphdef, nnx.State(jax.tree.map(nnx.Param, params)))
-  return module(x, bias)
+  return module(x, bias, backend=backend)
 
 
 def picks_at(layer: Layer, ratios: tuple[float, ...]) -> list[Picks]:

@@ -1,5 +1,6 @@
 """The MoE layer's benchmark: routing, dispatch, products and combine with each backend, beside PyTorch's block."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from zeda_jax.bench import torch_block
-from zeda_jax.bench.columns import PASSES, bound, compiled, default_backend, failure, make_row, timed
+from zeda_jax.bench.columns import PASSES, bound, compiled, failure, make_row, timed
 from zeda_jax.bench.inputs import Layer, Params, Picks, apply, noise
 from zeda_jax.bench.machine import Machine
 from zeda_jax.bench.shapes import Options, Shape
@@ -83,11 +84,10 @@ def _jax_calls(
   """Per ratio: column -> function that runs it, or why there is none; without those of PyTorch."""
   limit = max_seconds * (3 if backward else 1)
 
-  def forward(params: Params, x: Array, bias: Array) -> Array:
-    return apply(layer.graphdef, params, x, bias)[0]
+  def forward(backend: str, params: Params, x: Array, bias: Array) -> Array:
+    return apply(layer.graphdef, params, x, bias, backend)[0]
 
   def program(function: Callable[..., Array], arguments: tuple[Any, ...], limit: float) -> Call | Callable[..., Any]:
-    # A new function each time: JAX would otherwise find the trace of the backend before.
     def run(params: Params, x: Array, *rest: Array) -> tuple[Any, ...]:
       if not backward:
         return (function(params, x, *rest),)
@@ -102,8 +102,7 @@ def _jax_calls(
   programs: dict[str, Any] = {}
   for name, reason in columns.items():
     if name not in torch_block.TORCH:
-      with default_backend(name):
-        programs[name] = reason or program(forward, operands[0], limit)
+      programs[name] = reason or program(functools.partial(forward, name), operands[0], limit)
   one = {name: value[0] for name, value in layer.params["experts"].items()}
   calls = []
   for p, arguments in zip(picks, operands, strict=True):

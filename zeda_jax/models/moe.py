@@ -64,9 +64,10 @@ class Experts(nnx.Module):
     self.down = normal_init(rngs, (experts, inner, hidden))
 
   def __call__(
-    self, x: Float[Array, "T H"], picks: Int[Array, "T K"], weights: Float[Array, "T K"]
+    self, x: Float[Array, "T H"], picks: Int[Array, "T K"], weights: Float[Array, "T K"], backend: str | None = None
   ) -> Float[Array, "T H"]:
-    return run_experts(x, picks, weights, self.gate_up[...].astype(x.dtype), self.down[...].astype(x.dtype))
+    gate_up, down = self.gate_up[...].astype(x.dtype), self.down[...].astype(x.dtype)
+    return run_experts(x, picks, weights, gate_up, down, backend)
 
 
 class MoELayer(nnx.Module):
@@ -80,13 +81,18 @@ class MoELayer(nnx.Module):
     self.shared_experts = DenseMLP(config, rngs, shared * config.moe_intermediate_size) if shared else None
 
   def __call__(
-    self, x: Float[Array, "T H"], zero_expert_bias: float | Array = 0.0, live: Bool[Array, " T"] | None = None
+    self,
+    x: Float[Array, "T H"],
+    zero_expert_bias: float | Array = 0.0,
+    live: Bool[Array, " T"] | None = None,
+    backend: str | None = None,
   ) -> tuple[Float[Array, "T H"], Routing]:
+    """The layer's output, and what its router decided; `backend` is grouped_matmul's."""
     routing = self.router(x, zero_expert_bias)
     picks = routing.picks
     if live is not None:
       picks = jnp.where(live[:, None], picks, self.num_experts)
-    out = self.experts(x, picks, routing.weights)
+    out = self.experts(x, picks, routing.weights, backend)
     return (out if self.shared_experts is None else out + self.shared_experts(x)), routing
 
 
@@ -96,6 +102,7 @@ def run_experts(
   weights: Float[Array, "T K"],
   gate_up: Float[Array, "N H 2F"],
   down: Float[Array, "N F H"],
+  backend: str | None = None,
 ) -> Float[Array, "T H"]:
   """Sum over a token's picks below N of weight * expert(x). Picks >= N cost no matmul row.
 
@@ -118,7 +125,8 @@ def run_experts(
     group_sizes = jnp.bincount(ids, length=num_experts + 1)[:num_experts].astype(jnp.int32)
     rows = _dispatch(x, order, row_of)
   with jax.named_scope("experts"):
-    out = grouped_matmul(grouped_swiglu(rows, gate_up, group_sizes), down, group_sizes)
+    act = grouped_swiglu(rows, gate_up, group_sizes, backend=backend)
+    out = grouped_matmul(act, down, group_sizes, backend=backend)
   with jax.named_scope("combine"):
     return _combine(out, weights, order, row_of)
 

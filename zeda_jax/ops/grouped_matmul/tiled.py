@@ -19,7 +19,7 @@ from zeda_jax.ops.grouped_matmul.varying import zeros
 SMALL_MATRIX = 2**20  # numbers
 PRODUCT_TILES = {"small": (128, 16), "large": (128, 64, 32, 16)}
 # A tile of the weight product also pays for adding a whole [K, N] matrix, so its rest is coarser.
-WEIGHT_PRODUCT_TILES = (128, 32)
+WEIGHT_PRODUCT_TILES = (128, 64, 32)
 
 
 def _over_tiles(
