@@ -19,7 +19,7 @@ if TYPE_CHECKING:
   from zeda_jax.distill.recipe import default_config
   from zeda_jax.errors import ZedaError
   from zeda_jax.models.decoder import Decoder, inject
-  from zeda_jax.ops.grouped_matmul import grouped_matmul
+  from zeda_jax.ops.grouped_matmul import grouped_matmul, grouped_swiglu
   from zeda_jax.rollout.generate import generate
   from zeda_jax.zero_experts import group_balance_loss, zero_expert_ratio
 
@@ -35,6 +35,7 @@ _PUBLIC = {
   "generate": "rollout.generate",
   "group_balance_loss": "zero_experts",
   "grouped_matmul": "ops.grouped_matmul",
+  "grouped_swiglu": "ops.grouped_matmul",
   "inject": "models.decoder",
   "load_hf": "checkpoint.huggingface",
   "save_hf": "checkpoint.huggingface",
@@ -51,6 +52,7 @@ __all__ = [
   "generate",
   "group_balance_loss",
   "grouped_matmul",
+  "grouped_swiglu",
   "inject",
   "load_hf",
   "save_hf",

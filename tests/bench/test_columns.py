@@ -82,5 +82,5 @@ def test_backends_of_a_platform(monkeypatch):
   assert not {"triton", "mosaic"} & set(columns.backend_names("cpu"))
   found = columns.chosen(Options(columns=("mosaic", "tiled", "peer")), MACHINE, ["peer"])
   assert found == {"mosaic": "runs on tpu only", "tiled": "", "peer": ""}
-  with pytest.raises(ZedaError, match="backend 'tilde' is unknown; expected some of pallas_tpu, .*peer"):
+  with pytest.raises(ZedaError, match=r"backend 'tilde' is unknown; expected some of pallas_tpu, .*peer"):
     columns.chosen(Options(columns=("tilde",)), MACHINE, ["peer"])

@@ -17,7 +17,7 @@ from zeda_jax.ops.grouped_matmul.varying import zeros
 # spends on packing its matrix; small ones waste few rows at a group's end. The larger the matrix, the more is spent on
 # packing it, so the rest of a large one takes several sizes, each at most once, instead of many of the smallest.
 SMALL_MATRIX = 2**20  # numbers
-PRODUCT_TILES = {"small": (128, 16), "large": (128, 64, 32, 16)}
+PRODUCT_TILES = {"small": (128, 16), "large": (128, 64, 32, 16, 4)}
 # A tile of the weight product also pays for adding a whole [K, N] matrix, so its rest is coarser.
 WEIGHT_PRODUCT_TILES = (128, 64, 32)
 
