@@ -30,13 +30,13 @@ class Backend(NamedTuple):
     weight_product: (lhs [M, K], grad [M, N], group_sizes [G], *, precision, dtype) -> [G, K, N], group g being
       lhs[rows of g].T @ grad[rows of g].
     swiglu: (lhs [M, K], gate_up [G, K, 2F], group_sizes [G], *, precision, dtype) -> [M, F], equal to
-      activation.swiglu_halves of the product.
+      activation.swiglu_halves of the product, which is what None means.
     platforms: of JAX, where it runs; None means all.
   """
 
   product: Callable[..., Array]
   weight_product: Callable[..., Array]
-  swiglu: Callable[..., Array]
+  swiglu: Callable[..., Array] | None = None
   platforms: tuple[str, ...] | None = None
 
 
@@ -45,8 +45,8 @@ BACKENDS = {
   "pallas_tpu": Backend(pallas_tpu.product, pallas_tpu.weight_product, pallas_tpu.swiglu, ("tpu",)),
   "pallas_gpu": Backend(pallas_gpu.product, pallas_gpu.weight_product, pallas_gpu.swiglu, ("cuda",)),
   "tiled": Backend(tiled.product, tiled.weight_product, tiled.swiglu),
-  "ragged_dot": Backend(ragged_dot.product, ragged_dot.weight_product, ragged_dot.swiglu),
-  "reference": Backend(reference.product, reference.weight_product, reference.swiglu),
+  "ragged_dot": Backend(ragged_dot.product, ragged_dot.weight_product),
+  "reference": Backend(reference.product, reference.weight_product),
 }
 # The best backend of a platform; every platform that is not named takes the last one.
 DEFAULTS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
@@ -165,6 +165,9 @@ def _dispatch(
 
   def of(name: str) -> Callable[..., Array]:
     arguments = {"precision": options.precision, "dtype": options.dtype, **more}
+    if function == "swiglu" and BACKENDS[name].swiglu is None:
+      product = functools.partial(BACKENDS[name].product, transpose_rhs=False, **arguments)
+      return lambda *operands: swiglu_halves(product(*operands))
     return functools.partial(getattr(BACKENDS[name], function), **arguments)
 
   name = options.backend

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from zeda_jax.ops.grouped_matmul.activation import swiglu_halves
-
 
 def _live(x: Float[Array, "M X"], group_sizes: Int[Array, " G"]) -> Float[Array, "M X"]:
   return jnp.where((jnp.arange(x.shape[0]) < group_sizes.sum())[:, None], x, 0)
@@ -48,15 +46,3 @@ def weight_product(
     preferred_element_type=jnp.float32,
   )
   return out.astype(dtype)
-
-
-def swiglu(
-  lhs: Float[Array, "M K"],
-  gate_up: Float[Array, "G K 2F"],
-  group_sizes: Int[Array, " G"],
-  *,
-  precision: jax.lax.PrecisionLike,
-  dtype: jax.typing.DTypeLike,
-) -> Float[Array, "M F"]:
-  """See `api.Backend`."""
-  return swiglu_halves(product(lhs, gate_up, group_sizes, transpose_rhs=False, precision=precision, dtype=dtype))

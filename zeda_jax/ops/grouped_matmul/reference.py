@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from zeda_jax.ops.grouped_matmul.activation import swiglu_halves
-
 
 def rows_of_groups(group_sizes: Int[Array, " G"], num_rows: int) -> Bool[Array, "G M"]:
   """True where row m belongs to group g; all False for the rows past sum(group_sizes)."""
@@ -43,15 +41,3 @@ def weight_product(
   lhs_gmk, grad_gmn = jnp.where(mine, lhs, 0), jnp.where(mine, grad, 0)
   out = jnp.einsum("gmk,gmn->gkn", lhs_gmk, grad_gmn, precision=precision, preferred_element_type=jnp.float32)
   return out.astype(dtype)
-
-
-def swiglu(
-  lhs: Float[Array, "M K"],
-  gate_up: Float[Array, "G K 2F"],
-  group_sizes: Int[Array, " G"],
-  *,
-  precision: jax.lax.PrecisionLike,
-  dtype: jax.typing.DTypeLike,
-) -> Float[Array, "M F"]:
-  """See `api.Backend`."""
-  return swiglu_halves(product(lhs, gate_up, group_sizes, transpose_rhs=False, precision=precision, dtype=dtype))
