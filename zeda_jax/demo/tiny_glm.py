@@ -47,7 +47,7 @@ def tiny_glm_config() -> ModelConfig:
   )
 
 
-def run(workdir: str | pathlib.Path, seed: int = 0, held_out: int = 500, train_per_family: int = 1500) -> int:
+def run(workdir: str | pathlib.Path, seed: int = 0, held_out: int = 500, train_per_family: int = 2500) -> int:
   """Trains the teacher (unless workdir/teacher is there), adapts it in workdir/main; returns the exit code."""
   workdir = pathlib.Path(workdir)
   teacher, data = workdir / "teacher", workdir / "data"
@@ -55,9 +55,10 @@ def run(workdir: str | pathlib.Path, seed: int = 0, held_out: int = 500, train_p
     save_teacher(train(PHASES, seed=seed, train_examples=TRAIN_EXAMPLES, config=tiny_glm_config()), teacher, CARD)
   config = demo_config(workdir / "main", seed)
   config.update(teacher=str(teacher), prompts=str(data / "train.jsonl"), scan_unroll=3)
-  # A sigmoid's slope is gentler than a softmax's: zero experts are learnt more slowly, and aimed for higher.
-  for stage, learning_rate in ((config.sft, 5e-4), (config.opd, 1e-4)):
-    stage.weight, stage.optimizer.learning_rate = 3.0, learning_rate
+  # A sigmoid's slope is gentler than a softmax's: zero experts are learnt more slowly, over more data, and aimed for
+  # higher.
+  config.sft.weight = config.opd.weight = 2.5
+  config.sft.epochs, config.sft.optimizer.learning_rate = 3, 3e-4
   config.evaluate.update(
     prompts=str(data / "held-out.jsonl"),
     num_prompts=3 * held_out,
