@@ -1,5 +1,6 @@
 """The Mosaic kernels under the TPU interpreter, which finds races and reads of memory that nobody wrote."""
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -16,15 +17,21 @@ from zeda_jax.ops.grouped_matmul import BACKENDS, Backend, grouped_matmul, palla
 from zeda_jax.ops.grouped_matmul.tpu_tiles import BLOCKS_BUDGET, Tiles, product_tiles, weight_product_tiles
 
 INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-FUNCTIONS = [
-  functools.partial(function, interpret=INTERPRET)
-  for function in (pallas_tpu.product, pallas_tpu.weight_product, pallas_tpu.swiglu)
-]
+# The blocks of a parallel axis can only race on two cores, whose threads make the interpreter slow: for a few tests.
+TWO_CORES = dataclasses.replace(INTERPRET, num_cores_or_threads=2)
+
+
+def interpreted(params):
+  kernels = (pallas_tpu.product, pallas_tpu.weight_product, pallas_tpu.swiglu)
+  return [functools.partial(kernel, interpret=params) for kernel in kernels]
+
+
+FUNCTIONS = interpreted(TWO_CORES)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreted_backend():
-  BACKENDS["pallas_tpu_interpreted"] = Backend(*FUNCTIONS)
+  BACKENDS["pallas_tpu_interpreted"] = Backend(*interpreted(INTERPRET))
   yield
   del BACKENDS["pallas_tpu_interpreted"]
 
