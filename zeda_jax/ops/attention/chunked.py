@@ -104,8 +104,8 @@ def backward(
   (d_key, d_value), d_query = jax.lax.scan(
     of_queries, start, (index, split(query), split(grad), by_head(lse), by_head(delta))
   )
-  d_query = _join_rows(d_query, query.shape[1]).reshape(query.shape)
-  return d_query, *(_join_rows(d, x.shape[1]).astype(x.dtype) for d, x in ((d_key, key), (d_value, value)))
+  whole = lambda d, x: _join_rows(d, x.shape[1]).reshape(x.shape).astype(x.dtype)
+  return whole(d_query, query), whole(d_key, key), whole(d_value, value)
 
 
 def _forward(query, key, value, blocks: _Blocks, scale: float):

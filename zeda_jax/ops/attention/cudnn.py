@@ -41,12 +41,12 @@ def forward(
   batch, length, heads, dim = query.shape
   width = max(dim, value.shape[-1])
   width += -width % 8
-  arrays = [_widened(x, width, length % 2) for x in (query, key, value)]
+  q, k, v = (_widened(x, width, length % 2) for x in (query, key, value))
   attend = functools.partial(jax.nn.dot_product_attention, scale=scale, implementation="cudnn")
   if segment_ids is None:
-    out = attend(*arrays, is_causal=True)
+    out = attend(q, k, v, is_causal=True)
   else:
-    out = _by_blocks(attend, *arrays, jnp.pad(segment_ids, ((0, 0), (0, length % 2))))
+    out = _by_blocks(attend, q, k, v, jnp.pad(segment_ids, ((0, 0), (0, length % 2))))
   return out[:, :length, :, : value.shape[-1]], jnp.zeros((batch, heads, length), jnp.float32)
 
 
@@ -63,7 +63,8 @@ def backward(
 ) -> tuple[Float[Array, "B T N D"], Float[Array, "B T M D"], Float[Array, "B T M V"]]:
   """Gradients of query, key and value. jax.nn hands out no backward kernel alone, so the forward one runs again."""
   del out, lse
-  return jax.vjp(lambda *arrays: forward(*arrays, segment_ids, scale=scale)[0], query, key, value)[1](grad)
+  run = lambda q, k, v: forward(q, k, v, segment_ids, scale=scale)[0]
+  return jax.vjp(run, query, key, value)[1](grad)
 
 
 def _by_blocks(

@@ -28,9 +28,8 @@ def forward(
   """The output and the logarithm of each softmax's denominator. Padding sees the padding before it."""
   length, width = query.shape[1], value.shape[-1]
   kernel = _kernel(query.shape[2], _padded(length, _block(length)), interpret)
-  arrays = [_to_kernel(x, length) for x in (query * scale, key, value)]
-  run = lambda q, k, v, segments: kernel(q, k, v, segments)
-  out, (lse,) = jax.vmap(run)(*arrays, _segments(segment_ids, length))
+  q, k, v = (_to_kernel(x, length) for x in (query * scale, key, value))
+  out, (lse,) = jax.vmap(kernel)(q, k, v, _segments(segment_ids, length))
   return _from_kernel(out, length, width), lse[:, :, :length]
 
 
@@ -49,26 +48,32 @@ def backward(
   """Gradients of query, key and value, for the gradient of `out`."""
   length, dim, width = query.shape[1], query.shape[-1], value.shape[-1]
   kernel = _kernel(query.shape[2], _padded(length, _block(length)), interpret)
-  arrays = [_to_kernel(x, length) for x in (query * scale, key, value, out, grad)]
+  q, k, v, out, grad = (_to_kernel(x, length) for x in (query * scale, key, value, out, grad))
   # Rows that are added have lse 0: their logits are 0, too, and their `grad` is, so nothing comes of them.
-  lse = jnp.pad(lse, ((0, 0), (0, 0), (0, arrays[0].shape[2] - length)))
+  lse = jnp.pad(lse, ((0, 0), (0, 0), (0, q.shape[2] - length)))
 
-  def run(q, k, v, out, grad, lse, segments):
+  def run(q, k, v, segments, out, lse, grad):
     options = kernel.kwargs | {"save_residuals": False}
     residuals = (q, k, v, segments, None, out, lse, kernel.dq_mask_info, kernel.dkv_mask_info)
     return kernels._splash_attention_bwd(**options, res=residuals, do=grad)[3:6]
 
-  d_query, d_key, d_value = jax.vmap(run)(*arrays, lse, _segments(segment_ids, length))
+  d_query, d_key, d_value = jax.vmap(run)(q, k, v, _segments(segment_ids, length), out, lse, grad)
   d_query = scale * _from_kernel(d_query, length, dim)
   return d_query, _from_kernel(d_key, length, dim), _from_kernel(d_value, length, width)
 
 
 def _kernel(heads: int, length: int, interpret: bool) -> kernels.SplashAttentionKernel:
   block = _block(length)
-  names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
   return kernels.make_splash_mha(
     masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
-    block_sizes=kernels.BlockSizes(**dict.fromkeys(names, block)),
+    block_sizes=kernels.BlockSizes(
+      block_q=block,
+      block_kv=block,
+      block_q_dkv=block,
+      block_kv_dkv=block,
+      block_q_dq=block,
+      block_kv_dq=block,
+    ),
     head_shards=1,
     q_seq_shards=1,
     save_residuals=True,
