@@ -52,6 +52,15 @@ def test_splash_on_tpus():
   assert "tpu_custom_call" not in lowered("tpu", 512)
 
 
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_splash_inside_shard_map(check_vma):
+  run, shapes = program(2048)
+  mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+  rows = jax.sharding.PartitionSpec("rows")
+  run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(rows,) * 5, out_specs=rows, check_vma=check_vma))
+  assert run.trace(*shapes).lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 3
+
+
 def lowered_for_cuda(*arguments, **options):
   """In a shard_map: elsewhere, JAX wants to know the GPUs for which it partitions cuDNN's calls."""
   run, shapes = program(*arguments, **options)
