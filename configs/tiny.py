@@ -10,7 +10,7 @@ from zeda_jax.distill.recipe import default_config
 
 def get_config():
   config = default_config()
-  config.remat = False
+  config.remat = "none"
   config.rollout.update(max_new_tokens=64, batch_size=64, shard_size=256)
   config.sft.update(loss="forward_kl", epochs=3, batch_size=16, row_length=512, save_every=50)
   config.sft.optimizer.update(learning_rate=3e-4)

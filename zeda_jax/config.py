@@ -15,6 +15,12 @@ __all__ = ["LayerRun", "MLAConfig", "ModelConfig", "RopeConfig", "from_hf", "rea
 # know zero experts refuses them instead of reading a router that is too wide.
 DYNAMIC_SUFFIX = "_plus_plus"
 
+# What the backward pass computes again instead of keeping it from the forward pass, from fast to small:
+#   none    nothing
+#   dots    all but the results of dense products (projections, router) and of attention; experts are recomputed
+#   layer   whole layers: only what goes from one to the next is kept
+REMAT = ("none", "dots", "layer")
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
@@ -77,7 +83,7 @@ class ModelConfig:
   tie_word_embeddings: bool = False
   max_position_embeddings: int = 32768
   dtype: str = "float32"  # of the activations; parameters carry their own
-  remat: bool = False  # recompute each layer in the backward pass instead of storing its activations
+  remat: str = "none"  # what the backward pass recomputes instead of storing it: see REMAT
   scan_unroll: int = 1  # layers per iteration of the scan; small models run faster unrolled
   # Training-free baselines, as routing options (see zero_experts.route):
   execute_top_k: int | None = None  # run only the best k of the K picks; weights stay normalised over all K
@@ -86,6 +92,10 @@ class ModelConfig:
   eos_token_ids: tuple[int, ...] = dataclasses.field(default=(), compare=False)
   hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
   source: str | None = dataclasses.field(default=None, compare=False)
+
+  def __post_init__(self):
+    if self.remat not in REMAT:
+      raise ZedaError(f"remat is {self.remat!r}; expected one of {', '.join(map(repr, REMAT))}.")
 
   @property
   def num_layers(self) -> int:

@@ -52,6 +52,7 @@ def test_the_defaults_are_valid():
     ("sft__weight", 0.0, "more than 0"),
     ("sft__weight", math.nan, "a finite number"),
     ("sft__coefficient", -0.1, "at least 0"),
+    ("remat", "full", "one of 'none', 'dots', 'layer'"),
     ("sft__loss", "kl", "one of 'cross_entropy', 'forward_kl'"),
     ("sft__trainable", "routers", "one of 'all', 'router', 'router+norms'"),
     ("sft__balance", "expertise", "one of 'group', 'expert', 'none'"),

@@ -231,7 +231,8 @@ def test_only_picks_of_real_tokens_for_normal_experts_are_multiplied(packed, mon
 # --- variants of one model ----------------------------------------------------------------------------------------
 
 
-def test_rematerialisation_changes_no_gradient():
+@pytest.mark.parametrize("remat", ["layer", "dots"])
+def test_rematerialisation_changes_no_gradient(remat):
   model = inject(tiny_model(moe_layers=(True,)), 3)
 
   def gradients(model):
@@ -243,7 +244,7 @@ def test_rematerialisation_changes_no_gradient():
     graphdef, params = split_model(model)
     return "remat" in str(jax.make_jaxpr(lambda p: merge_model(graphdef, p)(TOKENS).logits)(params))
 
-  again = reconfigured(model, remat=True)
+  again = reconfigured(model, remat=remat)
   assert (has_remat(model), has_remat(again)) == (False, True)
   (loss, expected), (loss_again, found) = gradients(model), gradients(again)
   np.testing.assert_allclose(loss_again, loss, rtol=1e-6)

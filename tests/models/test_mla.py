@@ -10,7 +10,7 @@ from zeda_jax.models.cache import LatentCache, init_cache
 from zeda_jax.models.decoder import inject
 from zeda_jax.models.mla import absorbing_is_cheaper
 from zeda_jax.models.params import merge_model, split_model
-from zeda_jax.ops.attention import cache_mask
+from zeda_jax.ops.attention import cached_attention
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,9 @@ def test_both_forms_agree():
   mla = layer_of(tiny_model(**GLM).runs[0].attention)
   rng = np.random.default_rng(0)
   query, latents = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 5, 4, 18), (2, 9, 28)))
-  mask = cache_mask(jnp.array([[0, 2, 4, 6, 8], [1, 3, 5, 7, 8]]), 9)
-  expanded, absorbed = mla._expanded(query, latents, mask), mla._absorbed(query, latents, mask)
+  positions = jnp.array([[0, 2, 4, 6, 8], [1, 3, 5, 7, 8]])
+  expanded = cached_attention(query, *mla._expanded(latents), positions, scale=mla.scale)
+  absorbed = mla._absorbed(query, latents, positions)
   assert expanded.shape == (2, 5, 4, 14)
   assert expanded.std() > 0.3
   np.testing.assert_allclose(absorbed, expanded, rtol=0, atol=1e-5)

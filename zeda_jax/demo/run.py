@@ -38,7 +38,7 @@ LABELS = {
 def demo_config(workdir: str | pathlib.Path, seed: int = 0) -> ml_collections.ConfigDict:
   """The recipe at the size of the embedded teacher: minutes on two CPU cores."""
   config = default_config()
-  config.update(teacher=str(TEACHER), workdir=str(workdir), seed=seed, remat=False, scan_unroll=4)
+  config.update(teacher=str(TEACHER), workdir=str(workdir), seed=seed, remat="none", scan_unroll=4)
   # The prompts here are longer than the answers, which is not so where skipping pays; so the answers are balanced.
   balance = {"weight": 2.2, "balance_tokens": "response"}
   config.rollout.update(max_new_tokens=16, batch_size=512, shard_size=4096)

@@ -81,7 +81,7 @@ def default_config() -> ml_collections.ConfigDict:
       "workdir": "",  # everything is written below it
       "seed": 0,
       "dtype": "",  # of parameters and activations; empty keeps the checkpoint's
-      "remat": True,  # recompute layers in the backward pass
+      "remat": "layer",  # none | dots | layer: what the backward pass recomputes (see zeda_jax.config.REMAT)
       "scan_unroll": 1,  # layers per iteration of the layer scan; small models run faster unrolled
       "student": {
         "num_zero_experts": config_dict.placeholder(int),  # N_Z; None means N // 2, 0 a static student
@@ -187,6 +187,7 @@ def _check_number(name: str, value: float, least: float, most: float) -> None:
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
+  from zeda_jax.config import REMAT
   from zeda_jax.distill.objectives import BALANCE_TOKENS, BALANCES
   from zeda_jax.distill.optimizer import SCHEDULES
   from zeda_jax.evaluate.graders import GRADERS
@@ -194,6 +195,7 @@ def _choices() -> dict[str, tuple[str, ...]]:
 
   choices: dict[str, tuple[str, ...]] = {
     "dtype": ("", "float32", "bfloat16", "float16"),
+    "remat": REMAT,
     "sft.loss": ("cross_entropy", "forward_kl"),
     "opd.loss": ("sampled", "reverse_kl"),
     "evaluate.grader": tuple(GRADERS),

@@ -2,12 +2,12 @@
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from zeda_jax.config import ModelConfig
 from zeda_jax.models.cache import Cache, KVCache, update_cache
 from zeda_jax.models.layers import Linear, RMSNorm, apply_rope
-from zeda_jax.ops.attention import attention
+from zeda_jax.ops.attention import attention, cached_attention
 
 
 class Attention(nnx.Module):
@@ -28,12 +28,12 @@ class Attention(nnx.Module):
     self,
     x: Float[Array, "B T H"],
     rope: tuple[Array, Array],
-    mask: Bool[Array, "#B T S"],
+    segment_ids: Int[Array, "B T"] | None,
     positions: Int[Array, "B T"],
     layer: Int[Array, ""],
     cache: Cache | None,
   ) -> tuple[Float[Array, "B T H"], Cache | None]:
-    """With a cache, the new keys and values are written to it and the queries see all of its row."""
+    """With a cache, the new keys and values are written to it and the queries see its row up to their positions."""
     query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
     if self.config.qk_norm == "projection":
       query, key = self.q_norm(query), self.k_norm(key)
@@ -43,8 +43,10 @@ class Attention(nnx.Module):
     if self.config.qk_norm == "head":
       query, key = self.q_norm(query), self.k_norm(key)
     query, key = apply_rope(query, rope), apply_rope(key, rope)
-    if cache is not None:
+    if cache is None:
+      out = attention(query, key, value, segment_ids)
+    else:
       assert isinstance(cache, KVCache)
       cache, key, value = update_cache(cache, layer, positions, key, value)
-    out = attention(query, key, value, mask)
+      out = cached_attention(query, key, value, positions)
     return self.o_proj(out.reshape(*x.shape[:2], -1)), cache

@@ -16,11 +16,20 @@ from zeda_jax.models.cache import Cache
 from zeda_jax.models.layers import DenseMLP, Embedding, Linear, RMSNorm, rope_tables
 from zeda_jax.models.mla import MLA
 from zeda_jax.models.moe import MoELayer
-from zeda_jax.ops.attention import cache_mask, packed_mask
+from zeda_jax.ops.attention import SAVED
 from zeda_jax.zero_experts import Routing, new_router_rows
 
 # (routing of one layer, real-token mask [T]) -> scalar; summed over layers by the objective.
 AuxLoss = Callable[[Routing, Bool[Array, " T"]], Float[Array, ""]]
+
+
+# What of a layer is kept for the backward pass, by ModelConfig.remat; None keeps nothing.
+_REMAT_POLICIES = {
+  "layer": None,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(SAVED)
+  ),
+}
 
 
 @struct.dataclass
@@ -46,7 +55,7 @@ class _Shared:
   """What every layer of one forward pass sees."""
 
   rope: tuple[Array, Array]
-  mask: Bool[Array, "#B T S"]
+  segment_ids: Int[Array, "B T"] | None
   positions: Int[Array, "B T"]
   live: Bool[Array, "B T"]
   zero_expert_bias: float | Array
@@ -64,7 +73,7 @@ class DecoderLayer(nnx.Module):
     self, x: Float[Array, "B T H"], layer: Int[Array, ""], cache: Cache | None, shared: _Shared
   ) -> tuple[Float[Array, "B T H"], Cache | None, tuple[Array, Array, Array] | None]:
     with jax.named_scope("attention"):
-      out, cache = self.attention(self.input_norm(x), shared.rope, shared.mask, shared.positions, layer, cache)
+      out, cache = self.attention(self.input_norm(x), shared.rope, shared.segment_ids, shared.positions, layer, cache)
       x = x + out
     normed = self.post_attention_norm(x)
     if isinstance(self.mlp, DenseMLP):
@@ -141,10 +150,9 @@ class Decoder(nnx.Module):
     """
     if positions is None:
       positions = segment_positions(segment_ids, tokens.shape)
-    mask = packed_mask(segment_ids, tokens.shape[1]) if cache is None else cache_mask(positions, cache.length)
     live = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids > 0
     rope = rope_tables(self.config.rope, self.config.rope_dim, positions)
-    shared = _Shared(rope, mask, positions, live, zero_expert_bias, aux_loss)
+    shared = _Shared(rope, segment_ids, positions, live, zero_expert_bias, aux_loss)
 
     x = self.embed(tokens, jnp.dtype(self.config.dtype))
     routed = []
@@ -166,8 +174,8 @@ def _scan_layers(layers, run, x, cache, shared, config):
     x, cache, routed = nnx.merge(graphdef, state)(x, layer, cache, shared)
     return (x, cache), routed
 
-  if config.remat:
-    body = jax.checkpoint(body)
+  if config.remat != "none":
+    body = jax.checkpoint(body, policy=_REMAT_POLICIES[config.remat])
   inputs = (state, run.start + jnp.arange(run.length))
   (x, cache), routed = jax.lax.scan(body, (x, cache), inputs, unroll=config.scan_unroll)
   return x, cache, routed

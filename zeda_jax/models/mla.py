@@ -14,12 +14,12 @@ cache in the form that takes fewer FLOPs.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from zeda_jax.config import MLAConfig, ModelConfig, RopeConfig
 from zeda_jax.models.cache import Cache, LatentCache, update_latents
 from zeda_jax.models.layers import Linear, RMSNorm, apply_rope, yarn_mscale
-from zeda_jax.ops.attention import attention
+from zeda_jax.ops.attention import attention, cached_attention
 
 _LATENT_EPS = 1e-6  # of the two latent norms, whatever the model's rms_norm_eps is
 
@@ -47,20 +47,22 @@ class MLA(nnx.Module):
     self,
     x: Float[Array, "B T H"],
     rope: tuple[Array, Array],
-    mask: Bool[Array, "#B T S"],
+    segment_ids: Int[Array, "B T"] | None,
     positions: Int[Array, "B T"],
     layer: Int[Array, ""],
     cache: Cache | None,
   ) -> tuple[Float[Array, "B T H"], Cache | None]:
-    """With a cache, the new latents are written to it and the queries see all of its row."""
+    """With a cache, the new latents are written to it and the queries see its row up to their positions."""
     query, latents = self._queries(x, rope), self._latents(x, rope)
     if cache is None:
-      out = self._expanded(query, latents, mask)
+      out = attention(query, *self._expanded(latents), segment_ids, scale=self.scale)
     else:
       assert isinstance(cache, LatentCache)
       cache, latents = update_latents(cache, layer, positions, latents)
-      attend = self._absorbed if absorbing_is_cheaper(self.mla, x.shape[1]) else self._expanded
-      out = attend(query, latents, mask)
+      if absorbing_is_cheaper(self.mla, x.shape[1]):
+        out = self._absorbed(query, latents, positions)
+      else:
+        out = cached_attention(query, *self._expanded(latents), positions, scale=self.scale)
     return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
 
   def _queries(self, x: Float[Array, "B T H"], rope: tuple[Array, Array]) -> Float[Array, "B T N D"]:
@@ -75,17 +77,16 @@ class MLA(nnx.Module):
     rotary = apply_rope(rotary[:, :, None], rope, self.mla.rope_interleave)[:, :, 0]
     return jnp.concatenate([self.kv_a_norm(latent), rotary], axis=-1)
 
-  def _expanded(
-    self, query: Float[Array, "B T N D"], latents: Float[Array, "B S C"], mask: Bool[Array, "#B T S"]
-  ) -> Float[Array, "B T N V"]:
+  def _expanded(self, latents: Float[Array, "B S C"]) -> tuple[Float[Array, "B S N D"], Float[Array, "B S N V"]]:
+    """Keys and values of every head."""
     latent, rotary = jnp.split(latents, [self.mla.kv_lora_rank], axis=-1)
     expanded = self.kv_b_proj(latent).reshape(*latent.shape[:2], self.num_heads, -1)
     nope, value = jnp.split(expanded, [self.mla.nope_head_dim], axis=-1)
     rotary = jnp.broadcast_to(rotary[:, :, None], (*nope.shape[:3], self.mla.rope_head_dim))
-    return attention(query, jnp.concatenate([nope, rotary], axis=-1), value, mask, self.scale)
+    return jnp.concatenate([nope, rotary], axis=-1), value
 
   def _absorbed(
-    self, query: Float[Array, "B T N D"], latents: Float[Array, "B S C"], mask: Bool[Array, "#B T S"]
+    self, query: Float[Array, "B T N D"], latents: Float[Array, "B S C"], positions: Int[Array, "B T"]
   ) -> Float[Array, "B T N V"]:
     rank, nope_dim = self.mla.kv_lora_rank, self.mla.nope_head_dim
     # kv_b_proj, by head: to_key [R, N, nope] and to_value [R, N, V]
@@ -95,7 +96,7 @@ class MLA(nnx.Module):
       nope, rotary = jnp.split(query, [nope_dim], axis=-1)
       query = jnp.concatenate([jnp.einsum("btnd,rnd->btnr", nope, to_key), rotary], axis=-1)
     latents = latents[:, :, None].astype(query.dtype)  # one key/value head for all query heads
-    out = attention(query, latents, latents[..., :rank], mask, self.scale)
+    out = cached_attention(query, latents, latents[..., :rank], positions, scale=self.scale)
     return jnp.einsum("btnr,rnv->btnv", out, to_value)
 
 

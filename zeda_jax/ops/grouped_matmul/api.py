@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 from zeda_jax.errors import ZedaError
 from zeda_jax.ops.grouped_matmul import pallas_gpu, pallas_tpu, ragged_dot, reference, tiled
 from zeda_jax.ops.grouped_matmul.activation import swiglu_halves
-from zeda_jax.ops.grouped_matmul.platforms import by_platform
-from zeda_jax.ops.grouped_matmul.varying import vary_alike
+from zeda_jax.ops.platforms import by_platform
+from zeda_jax.ops.varying import vary_alike
 
 
 class Backend(NamedTuple):
@@ -178,8 +178,7 @@ def _dispatch(
     anywhere = ", ".join(other for other, backend in BACKENDS.items() if backend.platforms is None)
     run = functools.partial(
       by_platform,
-      shape=shape,
-      dtype=options.dtype,
+      result=jax.ShapeDtypeStruct(shape, options.dtype),
       functions={platform: of(name or DEFAULTS[platform]) for platform in platforms or DEFAULTS},
       default=of(ELSEWHERE) if name is None else None,
       refusal=f"grouped_matmul: backend {name!r} runs on {' or '.join(platforms or ())}, and this program is compiled "

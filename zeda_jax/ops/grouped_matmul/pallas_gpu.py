@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from zeda_jax.errors import ZedaError
 from zeda_jax.ops.grouped_matmul import activation
-from zeda_jax.ops.grouped_matmul.varying import out_struct, zeros
+from zeda_jax.ops.varying import out_struct, zeros
 
 # What the operand tiles in flight may take: every GPU from Ampere on gives a block 99 KiB, and on those with 228 KiB
 # (Hopper, datacenter Blackwell) two blocks share a multiprocessor.

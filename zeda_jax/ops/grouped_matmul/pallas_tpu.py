@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from zeda_jax.ops.grouped_matmul import activation
 from zeda_jax.ops.grouped_matmul.tpu_tiles import VMEM_LIMIT, Tiles, product_tiles, weight_product_tiles
-from zeda_jax.ops.grouped_matmul.varying import out_struct
+from zeda_jax.ops.varying import out_struct
 
 
 class Visits(NamedTuple):

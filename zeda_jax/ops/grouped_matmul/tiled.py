@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from zeda_jax.ops.grouped_matmul.activation import swiglu_halves
-from zeda_jax.ops.grouped_matmul.varying import zeros
+from zeda_jax.ops.varying import zeros
 
 # Rows of the tiles: one size as often as it fits, then smaller ones for the rest. Large tiles amortise what a product
 # spends on packing its matrix; small ones waste few rows at a group's end. The larger the matrix, the more is spent on

@@ -17,12 +17,16 @@ from zeda_jax.errors import ZedaError
 # The platform is known only when a program is lowered (it may be compiled ahead of time for another machine), so the
 # choice is an operation of the program.
 _by_platform = Primitive("by_platform")
+_by_platform.multiple_results = True
 
 
 @_by_platform.def_abstract_eval
-def _abstract_eval(first, *_, shape: tuple[int, ...], dtype: Any, **__):
-  sharding = jax.sharding.NamedSharding(first.sharding.mesh, jax.sharding.PartitionSpec(*[None] * len(shape)))
-  return jax.core.ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=first.manual_axis_type)
+def _abstract_eval(first, *_, results: tuple[tuple[tuple[int, ...], Any], ...], **__):
+  def replicated(shape, dtype):
+    sharding = jax.sharding.NamedSharding(first.sharding.mesh, jax.sharding.PartitionSpec(*[None] * len(shape)))
+    return jax.core.ShapedArray(shape, dtype, sharding=sharding, manual_axis_type=first.manual_axis_type)
+
+  return [replicated(*result) for result in results]
 
 
 @_by_platform.def_impl
@@ -34,11 +38,12 @@ def _lower(context: mlir.LoweringRuleContext, *operands: Any, functions, default
   platforms = context.module_context.platforms
   chosen = {dict(functions).get(platform, default) for platform in platforms}
   if len(chosen) > 1:
-    raise ZedaError(f"grouped_matmul: the program is lowered for {' and '.join(platforms)} at once; name one platform.")
+    raise ZedaError(f"The program is lowered for {' and '.join(platforms)} at once; name one platform.")
   (function,) = chosen
   if function is None:
     raise ZedaError(refusal.format(platform=platforms[0]))
-  return mlir.lower_fun(function, multiple_results=False)(context, *operands)
+  flat = lambda *arrays: jax.tree.leaves(function(*arrays))
+  return mlir.lower_fun(flat, multiple_results=True)(context, *operands)
 
 
 mlir.register_lowering(_by_platform, _lower)
@@ -46,21 +51,21 @@ mlir.register_lowering(_by_platform, _lower)
 
 def by_platform(
   *operands: jax.Array,
-  shape: tuple[int, ...],
-  dtype: jax.typing.DTypeLike,
-  functions: dict[str, Callable[..., jax.Array]],
-  default: Callable[..., jax.Array] | None,
+  result: Any,
+  functions: dict[str, Callable[..., Any]],
+  default: Callable[..., Any] | None,
   refusal: str = "",
-) -> jax.Array:
+) -> Any:
   """functions[platform](*operands), or default(*operands) on a platform that `functions` does not name.
 
   Args:
     operands: arrays that vary over the same mesh axes.
-    shape: of the result.
-    dtype: of the result.
+    result: what each of the functions returns: a jax.ShapeDtypeStruct, or a tree of them.
     functions: by the name of JAX's platforms: "cpu", "cuda", "tpu", ...
     default: for the others; None raises there, when the program is lowered.
     refusal: what that ZedaError says; {platform} in it names the platform.
   """
+  leaves, structure = jax.tree.flatten(result)
   params = {"functions": tuple(functions.items()), "default": default, "refusal": refusal}
-  return _by_platform.bind(*operands, shape=shape, dtype=dtype, **params)
+  out = _by_platform.bind(*operands, results=tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), **params)
+  return jax.tree.unflatten(structure, out)

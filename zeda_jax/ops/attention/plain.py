@@ -1,4 +1,4 @@
-"""Causal attention over grouped query heads, with segment ids (packed rows) or a key/value cache."""
+"""Attention as three lines of XLA with a mask: for short rows and single queries. Makes [B, N, T, S] arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +21,17 @@ def cache_mask(positions: Int[Array, "B T"], cache_length: int) -> Bool[Array, "
   return jnp.arange(cache_length) <= positions[:, :, None]
 
 
-def attention(
+def masked_attention(
   query: Float[Array, "B T N D"],
   key: Float[Array, "B S M D"],
   value: Float[Array, "B S M V"],
   mask: Bool[Array, "#B T S"],
-  scale: float | None = None,
+  scale: float,
 ) -> Float[Array, "B T N V"]:
-  """softmax(scale q k) v in fp32, scale 1 / sqrt(D) by default; N query heads share M key/value heads, N = M * any."""
+  """softmax(scale q k) v in fp32; N query heads share M key/value heads, N = M * any."""
   batch, length, heads, dim = query.shape
   groups = key.shape[2]
-  query = query.reshape(batch, length, groups, heads // groups, dim) * (dim**-0.5 if scale is None else scale)
+  query = query.reshape(batch, length, groups, heads // groups, dim) * scale
   logits = jnp.einsum("btmgd,bsmd->bmgts", query, key, preferred_element_type=jnp.float32)
   logits = jnp.where(mask[:, None, None], logits, _MASKED)
   weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))

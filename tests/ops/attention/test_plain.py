@@ -1,11 +1,15 @@
 """Attention against a plain numpy of one head at a time."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zeda_jax.ops.attention import attention, cache_mask, packed_mask
+from zeda_jax.ops.attention.plain import cache_mask, masked_attention, packed_mask
+
+attention = functools.partial(masked_attention, scale=8**-0.5)  # of the heads of `inputs`
 
 
 def plain_attention(query, key, value, mask):
