@@ -44,7 +44,7 @@ class Rules:
   experts: tuple[str, ...] = ("expert",)  # the experts of stacked matrices
   expert_matrix: tuple[str, ...] = ("data",)  # the longer side of each expert's matrix
   parameter: tuple[str, ...] = ("data", "expert")  # the longest side of any other parameter
-  replicated_below: int = 2**16  # numbers in one layer of a parameter, up to which every device holds all of it
+  replicated_below: int = 2**16  # so many numbers in a layer of a parameter; every device holds smaller ones whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Sharding:
       check_experts(shape[first], self.expert_devices)
       cut[first] = self.rules.experts
       self._cut_longest(cut, shape, range(first + 1, len(shape)), self.rules.expert_matrix)
-    elif math.prod(shape[first:]) > self.rules.replicated_below:
+    elif math.prod(shape[first:]) >= self.rules.replicated_below:
       self._cut_longest(cut, shape, range(first, len(shape)), self.rules.parameter)
     return PartitionSpec(*(axes[0] if axes and len(axes) == 1 else axes for axes in cut))
 
@@ -182,8 +182,8 @@ def make_mesh(
   known = math.prod(size for size in sizes.values() if size != -1)
   if count % known or (-1 not in sizes.values() and known != count):
     raise ZedaError(
-      f"A mesh of {asked} does not fit the {count} devices that there are: choose two numbers whose product is {count}, "
-      "or -1 for one of them."
+      f"A mesh of {asked} does not fit the {count} devices that there are: choose two numbers whose product is "
+      f"{count}, or -1 for one of them."
     )
   shape = tuple(count // known if size == -1 else size for size in sizes.values())
   if num_experts is not None:

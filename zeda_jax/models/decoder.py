@@ -77,7 +77,8 @@ class DecoderLayer(nnx.Module):
       out, routing = self.mlp(normed.reshape(-1, x.shape[-1]), shared.zero_expert_bias, live)
       aux = jnp.zeros(()) if shared.aux_loss is None else shared.aux_loss(routing, live)
       by_token = lambda a: a.reshape(*x.shape[:2], -1)
-      return x + out.reshape(x.shape), cache, (by_token(routing.picks), by_token(routing.weights), aux, routing.exchange)
+      routed = by_token(routing.picks), by_token(routing.weights), aux, routing.exchange
+      return x + out.reshape(x.shape), cache, routed
 
 
 def _stacked_layers(config: ModelConfig, is_moe: bool, length: int, rngs: nnx.Rngs) -> DecoderLayer:
