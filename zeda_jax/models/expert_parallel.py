@@ -65,7 +65,7 @@ def parallel_experts(
 
   def on_device(x, picks, weights, *matrices):
     whole = (_gather_matrix(matrix, spec) for matrix, spec in zip(matrices, specs, strict=True))
-    return _run_on_device(*vary_alike(x, picks, weights, *whole), sharding, backend)
+    return _run_on_device(sharding, backend, *vary_alike(x, picks, weights, *whole))
 
   run = jax.shard_map(
     on_device, mesh=sharding.mesh, in_specs=(tokens, tokens, tokens, *specs), out_specs=(tokens, PartitionSpec())
@@ -82,7 +82,7 @@ def _gather_matrix(matrix: Array, spec: PartitionSpec) -> Array:
   return matrix
 
 
-def _run_on_device(x, picks, weights, gate_up, down, sharding: Sharding, backend: str | None):
+def _run_on_device(sharding: Sharding, backend: str | None, x, picks, weights, gate_up, down):
   devices, axes = sharding.expert_devices, sharding.rules.experts
   if devices == 1:  # every device has all experts
     return run_experts(x, picks, weights, gate_up, down, backend), Exchange(jnp.int32(0), jnp.int32(1))
@@ -266,7 +266,7 @@ def _backward(options, residuals, grad):
     trip = _Round(plan, index, options)
     rows, factors, d_out = trip.rows_there(x), trip.numbers_there(weights), trip.rows_there(grad)
     with jax.named_scope("experts"):
-      run = lambda *floats: _weighted_experts(*floats, trip.group_sizes, options.backend)
+      run = functools.partial(_weighted_experts, group_sizes=trip.group_sizes, backend=options.backend)
       d_rows, d_factors, d_gate_up, d_down = jax.vjp(run, rows, factors, gate_up, down)[1](d_out)
     return trip.rows_back(d_rows), trip.numbers_back(d_factors), d_gate_up, d_down
 
