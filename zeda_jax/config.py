@@ -4,10 +4,13 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zeda_jax.architectures import ARCHITECTURES, Fields, MLAConfig
 from zeda_jax.errors import ZedaError
+
+if TYPE_CHECKING:  # sharding imports JAX, which reading a config.json need not wait for
+  from zeda_jax.sharding import Sharding
 
 __all__ = ["LayerRun", "MLAConfig", "ModelConfig", "RopeConfig", "from_hf", "read_config", "to_hf"]
 
@@ -85,6 +88,7 @@ class ModelConfig:
   dtype: str = "float32"  # of the activations; parameters carry their own
   remat: str = "none"  # what the backward pass recomputes instead of storing it: see REMAT
   scan_unroll: int = 1  # layers per iteration of the scan; small models run faster unrolled
+  sharding: "Sharding | None" = None  # over which devices the model is spread, and how; None means it is not
   # Training-free baselines, as routing options (see zero_experts.route):
   execute_top_k: int | None = None  # run only the best k of the K picks; weights stay normalised over all K
   skip_threshold: float = 0.0  # beta: drop picks whose probability is below beta x the best pick's, renormalise

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from zeda_jax.router_rows import new_router_rows
+from zeda_jax.sharding import Exchange
 
 __all__ = [
   "Routing",
@@ -42,6 +43,7 @@ class Routing(NamedTuple):
   scores: Float[Array, "T E"]  # for the balance losses, which want rows that sum to 1 (see models/moe.py, Router)
   picks: Int[Array, "T K"]
   weights: Float[Array, "T K"]
+  exchange: Exchange | None = None  # what was sent between devices for it; None where experts are not spread
 
 
 def router_scores(

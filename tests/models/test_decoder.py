@@ -7,7 +7,7 @@ import pytest
 
 from tests.tiny_models import GLM, forward, random_tokens, tiny_config, tiny_model
 from zeda_jax.errors import ZedaError
-from zeda_jax.models import moe
+from zeda_jax.models import experts
 from zeda_jax.models.cache import init_cache
 from zeda_jax.models.decoder import Decoder, DecoderOutput, abstract_decoder, inject, segment_positions
 from zeda_jax.models.params import merge_model, reconfigured, split_model
@@ -209,14 +209,14 @@ def test_positions_restart_with_each_segment():
 
 def test_only_picks_of_real_tokens_for_normal_experts_are_multiplied(packed, monkeypatch):
   model, tokens, segments = packed
-  real = moe.grouped_matmul
+  real = experts.grouped_matmul
   rows = []
 
   def counting(lhs, rhs, group_sizes, **kwargs):
     jax.debug.callback(lambda sizes: rows.append(int(sizes.sum())), group_sizes)
     return real(lhs, rhs, group_sizes, **kwargs)
 
-  monkeypatch.setattr(moe, "grouped_matmul", counting)
+  monkeypatch.setattr(experts, "grouped_matmul", counting)
   graphdef, params = split_model(model)
   run = jax.jit(lambda bias: merge_model(graphdef, params)(tokens, segments, zero_expert_bias=bias).picks)
   for bias in (0.0, -jnp.inf, 1e4):

@@ -8,8 +8,9 @@ import pytest
 
 from tests.test_zero_experts import plain_group_loss
 from tests.tiny_models import GLM, layer_of, tiny_config, tiny_model
-from zeda_jax.models import moe
-from zeda_jax.models.moe import MoELayer, run_experts
+from zeda_jax.models import experts
+from zeda_jax.models.experts import run_experts
+from zeda_jax.models.moe import MoELayer
 from zeda_jax.zero_experts import group_balance_loss
 
 TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 150, 3, 5, 8, 6
@@ -96,8 +97,8 @@ def test_work_follows_the_picks_that_are_left(monkeypatch):
 
     return counted
 
-  monkeypatch.setattr(moe, "grouped_swiglu", counting(moe.grouped_swiglu))
-  monkeypatch.setattr(moe, "grouped_matmul", counting(moe.grouped_matmul))
+  monkeypatch.setattr(experts, "grouped_swiglu", counting(experts.grouped_swiglu))
+  monkeypatch.setattr(experts, "grouped_matmul", counting(experts.grouped_matmul))
   run = jax.jit(lambda *args: run_experts(*args))
   rng, x, weights, gate_up, down, _ = inputs()
   for zero_share in (0.0, 0.5, 0.9, 1.0):

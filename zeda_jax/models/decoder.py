@@ -17,6 +17,7 @@ from zeda_jax.models.layers import DenseMLP, Embedding, Linear, RMSNorm, rope_ta
 from zeda_jax.models.mla import MLA
 from zeda_jax.models.moe import MoELayer
 from zeda_jax.ops.attention import SAVED
+from zeda_jax.sharding import Exchange
 from zeda_jax.zero_experts import Routing, new_router_rows
 
 # (routing of one layer, real-token mask [T]) -> scalar; summed over layers by the objective.
@@ -41,6 +42,7 @@ class HiddenOutput:
   pick_weights: Float[Array, "L B T K"]
   aux_loss: Float[Array, " L"]
   cache: Cache | None
+  exchange: Exchange | None = None  # what was sent between devices; None where the model has no sharding
 
 
 @struct.dataclass
@@ -71,7 +73,7 @@ class DecoderLayer(nnx.Module):
 
   def __call__(
     self, x: Float[Array, "B T H"], layer: Int[Array, ""], cache: Cache | None, shared: _Shared
-  ) -> tuple[Float[Array, "B T H"], Cache | None, tuple[Array, Array, Array] | None]:
+  ) -> tuple[Float[Array, "B T H"], Cache | None, tuple[Array, Array, Array, Exchange | None] | None]:
     with jax.named_scope("attention"):
       out, cache = self.attention(self.input_norm(x), shared.rope, shared.segment_ids, shared.positions, layer, cache)
       x = x + out
@@ -84,7 +86,8 @@ class DecoderLayer(nnx.Module):
       out, routing = self.mlp(normed.reshape(-1, x.shape[-1]), shared.zero_expert_bias, live)
       aux = jnp.zeros(()) if shared.aux_loss is None else shared.aux_loss(routing, live)
       by_token = lambda a: a.reshape(*x.shape[:2], -1)
-      return x + out.reshape(x.shape), cache, (by_token(routing.picks), by_token(routing.weights), aux)
+      routed = by_token(routing.picks), by_token(routing.weights), aux, routing.exchange
+      return x + out.reshape(x.shape), cache, routed
 
 
 def _stacked_layers(config: ModelConfig, is_moe: bool, length: int, rngs: nnx.Rngs) -> DecoderLayer:
@@ -155,13 +158,13 @@ class Decoder(nnx.Module):
     shared = _Shared(rope, segment_ids, positions, live, zero_expert_bias, aux_loss)
 
     x = self.embed(tokens, jnp.dtype(self.config.dtype))
-    routed = []
+    routed: list[tuple[Array, Array, Array, Exchange | None]] = []
     for run, layers in zip(self.config.layer_runs, self.runs, strict=True):
       x, cache, out = _scan_layers(layers, run, x, cache, shared, self.config)
       if out is not None:
         routed.append(out)
-    picks, weights, aux = (jnp.concatenate(parts) for parts in zip(*routed, strict=True))
-    return HiddenOutput(self.final_norm(x), picks, weights, aux, cache)
+    picks, weights, aux, exchange = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routed)
+    return HiddenOutput(self.final_norm(x), picks, weights, aux, cache, exchange)
 
 
 def _scan_layers(layers, run, x, cache, shared, config):
@@ -171,6 +174,8 @@ def _scan_layers(layers, run, x, cache, shared, config):
   def body(carry, inputs):
     x, cache = carry
     state, layer = inputs
+    if config.sharding is not None:  # else the compiler may spread activations as it likes parameters to be
+      x = config.sharding.keep_rows(x)
     x, cache, routed = nnx.merge(graphdef, state)(x, layer, cache, shared)
     return (x, cache), routed
 
