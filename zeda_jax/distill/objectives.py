@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import AuxLoss, Decoder, HiddenOutput
@@ -148,6 +148,7 @@ def _metrics(
         "entropy": losses.entropy.sum() * scale,
         "forward_kl": losses.forward_kl.sum() * scale,
         "reverse_kl": losses.reverse_kl.sum() * scale,
+        **_sent(out, real.sum(), config),
       },
       "means": {
         "loss_balance": balance_loss,
@@ -157,3 +158,24 @@ def _metrics(
       },
     }
   )
+
+
+def _sent(out: HiddenOutput, tokens: Int[Array, ""], config: Any) -> dict[str, Array]:
+  """What the student's forward pass sent between the devices of its experts, there and back.
+
+  "sent_static/..." is what a static model sends whose K picks fall evenly on all experts. The backward pass sends
+  half as many rows more than that. Rows are counted, not buffers: where XLA lacks a ragged exchange, more is sent
+  (see models/expert_parallel.py).
+  """
+  if out.exchange is None:
+    return {}
+  devices = config.sharding.expert_devices
+  row_bytes = 2 * config.hidden_size * jnp.dtype(config.dtype).itemsize
+  rows = out.exchange.rows.astype(jnp.float32).sum()
+  static = tokens * len(out.exchange.rows) * config.num_experts_per_tok * (devices - 1.0) / devices
+  return {
+    "sent/rows": rows,
+    "sent/bytes": rows * row_bytes,
+    "sent_static/rows": static,
+    "sent_static/bytes": static * row_bytes,
+  }

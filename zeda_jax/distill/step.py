@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, Key
 from zeda_jax.distill.objectives import Objective, batch_loss
 from zeda_jax.distill.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from zeda_jax.models.params import Params, combine, merge_model
+from zeda_jax.sharding import Sharding
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
@@ -77,13 +78,21 @@ def make_train_step(
 
   @functools.partial(jax.jit, donate_argnums=0)
   def train_step(state: TrainState, reference: Reference, batch: Batch) -> tuple[TrainState, Metrics]:
+    sharding = merge_model(student, combine(reference.frozen, state.params)).config.sharding
     grads, metrics = _gradients(loss_fn, state.params, reference, batch, accumulate)
+    grads = _keep_places(grads, sharding)
     updates, opt_state = transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+    params, opt_state = _keep_places((params, opt_state), sharding)
     return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
 
   return train_step
+
+
+def _keep_places(tree: Any, sharding: Sharding | None) -> Any:
+  """The tree with each array where the rules want it: the compiler would else choose, and each step start elsewhere."""
+  return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding.state(tree))
 
 
 def _gradients(
