@@ -5,6 +5,8 @@ import os
 import pathlib
 import platform
 
+import pytest
+
 
 def _processor() -> str:
   """Names the kind of processor: compiled programs may not be reused on another."""
@@ -23,3 +25,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the networ
 _cache = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax" / _processor()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_compiled_programs():
+  """Programs live as long as JAX's caches, and thousands of them in one process exhaust its memory mappings."""
+  yield
+  import jax
+
+  jax.clear_caches()
