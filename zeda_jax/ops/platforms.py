@@ -5,10 +5,12 @@ trace. Here only the platform's own is traced, and a platform without code gets 
 kernel compiler.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.custom_batching import sequential_vmap
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -69,3 +71,42 @@ def by_platform(
   params = {"functions": tuple(functions.items()), "default": default, "refusal": refusal}
   out = _by_platform.bind(*operands, results=tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), **params)
   return jax.tree.unflatten(structure, out)
+
+
+def by_backend(
+  *operands: jax.Array,
+  name: str | None,
+  platforms: tuple[str, ...] | None,
+  of: Callable[[str], Callable[..., Any]],
+  defaults: dict[str, str],
+  elsewhere: str,
+  result: Any,
+  what: str,
+  anywhere: str,
+) -> Any:
+  """of(backend)(*operands), once for each index of a vmapped axis, for the backend `name` or the platform's best.
+
+  Args:
+    operands: arrays that vary over the same mesh axes.
+    name: of the backend; None leaves the choice to the platform that the program is lowered for.
+    platforms: where the named backend runs; None means everywhere.
+    of: the function of a backend.
+    defaults: the best backend of a platform.
+    elsewhere: the backend of the platforms that `defaults` does not name.
+    result: a jax.ShapeDtypeStruct or a tree of them.
+    what: the public function, for the ZedaError on a platform where the named backend does not run.
+    anywhere: the names of those that run there, for the same.
+  """
+  if name is not None and platforms is None:
+    run = of(name)
+  else:
+    run = functools.partial(
+      by_platform,
+      result=result,
+      functions={platform: of(name or defaults[platform]) for platform in platforms or defaults},
+      default=of(elsewhere) if name is None else None,
+      refusal=f"{what}: backend {name!r} runs on {' or '.join(platforms or ())}, and this program is compiled for "
+      f"{{platform}}; leave backend=None, or name one of those that run anywhere: {anywhere}.",
+    )
+  # A vmapped kernel is a loop of kernels: batching their dynamic loops would run each as often as the longest.
+  return sequential_vmap(run)(*operands)

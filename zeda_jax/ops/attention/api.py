@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.custom_batching import sequential_vmap
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from zeda_jax.errors import ZedaError
 from zeda_jax.ops.attention import chunked, cudnn, splash
 from zeda_jax.ops.attention.plain import cache_mask, masked_attention, packed_mask
-from zeda_jax.ops.platforms import by_platform
+from zeda_jax.ops.platforms import by_backend
 from zeda_jax.ops.varying import vary_alike
 
 LONG = 1024  # tokens of a row from which the [B, N, T, T] logits are never made
@@ -172,19 +171,17 @@ def _dispatch(function: str, options: _Options, operands: tuple[Array, ...], res
     return getattr(BACKENDS[ELSEWHERE if reason else name], function)(*arrays, scale=options.scale)
 
   name = options.backend
-  platforms = () if name is None else BACKENDS[name].platforms
-  if name is not None and platforms is None:
-    chosen = functools.partial(run, name)
-  else:
-    chosen = functools.partial(
-      by_platform,
-      result=result,
-      functions={p: functools.partial(run, name or DEFAULTS[p]) for p in platforms or DEFAULTS},
-      default=functools.partial(run, ELSEWHERE) if name is None else None,
-      refusal=f"attention: backend {name!r} runs on {' or '.join(platforms or ())}, and this program is compiled for "
-      f"{{platform}}; leave backend=None, or name one of those that run anywhere: {PLAIN}, {ELSEWHERE}.",
-    )
-  return sequential_vmap(chosen)(*operands)
+  return by_backend(
+    *operands,
+    name=name,
+    platforms=None if name is None else BACKENDS[name].platforms,
+    of=lambda backend: functools.partial(run, backend),
+    defaults=DEFAULTS,
+    elsewhere=ELSEWHERE,
+    result=result,
+    what="attention",
+    anywhere=f"{PLAIN}, {ELSEWHERE}",
+  )
 
 
 def _shape(x: Array) -> jax.ShapeDtypeStruct:

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from zeda_jax.errors import ZedaError
 from zeda_jax.ops.grouped_matmul import pallas_gpu, pallas_tpu, ragged_dot, reference, tiled
 from zeda_jax.ops.grouped_matmul.activation import swiglu_halves
-from zeda_jax.ops.platforms import by_platform
+from zeda_jax.ops.platforms import by_backend
 from zeda_jax.ops.varying import vary_alike
 
 
@@ -171,21 +170,17 @@ def _dispatch(
     return functools.partial(getattr(BACKENDS[name], function), **arguments)
 
   name = options.backend
-  platforms = () if name is None else BACKENDS[name].platforms
-  if name is not None and platforms is None:
-    run = of(name)
-  else:
-    anywhere = ", ".join(other for other, backend in BACKENDS.items() if backend.platforms is None)
-    run = functools.partial(
-      by_platform,
-      result=jax.ShapeDtypeStruct(shape, options.dtype),
-      functions={platform: of(name or DEFAULTS[platform]) for platform in platforms or DEFAULTS},
-      default=of(ELSEWHERE) if name is None else None,
-      refusal=f"grouped_matmul: backend {name!r} runs on {' or '.join(platforms or ())}, and this program is compiled "
-      f"for {{platform}}; leave backend=None, or name one of those that run anywhere: {anywhere}.",
-    )
-  # A vmapped product is a loop of products: batching the kernels' dynamic loops would run each as often as the longest.
-  return sequential_vmap(run)(*operands)
+  return by_backend(
+    *operands,
+    name=name,
+    platforms=None if name is None else BACKENDS[name].platforms,
+    of=of,
+    defaults=DEFAULTS,
+    elsewhere=ELSEWHERE,
+    result=jax.ShapeDtypeStruct(shape, options.dtype),
+    what="grouped_matmul",
+    anywhere=", ".join(other for other, backend in BACKENDS.items() if backend.platforms is None),
+  )
 
 
 def _product(lhs: Array, rhs: Array, group_sizes: Array, options: _Options, *, transpose_rhs: bool = False) -> Array:
