@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from zeda_jax.models.experts import run_experts
+from zeda_jax.models.experts import inverse, run_experts
 from zeda_jax.ops.grouped_matmul import grouped_matmul, grouped_swiglu
 from zeda_jax.ops.platforms import by_platform
 from zeda_jax.ops.varying import vary_alike, zeros
@@ -120,7 +120,7 @@ def _make_plan(picks: Int[Array, "T K"], local_experts: int, options: _Options) 
   num_experts = local_experts * options.devices
   ids = jnp.minimum(picks, num_experts).reshape(-1).astype(jnp.int32)
   order = jnp.argsort(ids, stable=True)
-  row_of = _inverse(order).reshape(picks.shape)
+  row_of = inverse(order).reshape(picks.shape)
   counts = jnp.bincount(ids, length=num_experts + 1)[:num_experts].astype(jnp.int32)
   counts = counts.reshape(options.devices, local_experts)
   sizes = counts.sum(axis=1)
@@ -131,11 +131,6 @@ def _make_plan(picks: Int[Array, "T K"], local_experts: int, options: _Options) 
   # Devices of other groups exchange nothing with these, but one program runs on all: they make as many rounds.
   rounds = jax.lax.pmax(-(-sizes.max() // options.capacity), options.all_axes)
   return _Plan(order, device, place, starts, sizes, received, rounds)
-
-
-def _inverse(order: Int[Array, " M"]) -> Int[Array, " M"]:
-  """inverse[order[i]] = i; equals argsort(order)."""
-  return jnp.argsort(order)
 
 
 class _Round:
@@ -167,7 +162,7 @@ class _Round:
   def rows_back(self, rows: Float[Array, "D*C H"]) -> Float[Array, "T H"]:
     """The sum over each token's picks of this round of what `rows` holds for them, in fp32."""
     with jax.named_scope("back"):
-      buffers = rows[_inverse(self.order)].reshape(self.options.devices, self.options.capacity, -1)
+      buffers = rows[inverse(self.order)].reshape(self.options.devices, self.options.capacity, -1)
       rows = _exchange_rows(buffers, self.received, self.sent, self.options).reshape(rows.shape)
       total = zeros((self.plan.device.shape[0], rows.shape[1]), jnp.float32, like=rows)
       at, mine = self._places()
@@ -182,7 +177,7 @@ class _Round:
 
   def numbers_back(self, numbers: Float[Array, "D*C"]) -> Float[Array, "T K"]:
     """For every pick of this round the number of its row, 0 for other picks."""
-    buffers = numbers[_inverse(self.order)].reshape(self.options.devices, self.options.capacity)
+    buffers = numbers[inverse(self.order)].reshape(self.options.devices, self.options.capacity)
     at, mine = self._places()
     numbers = jax.lax.all_to_all(buffers, self.options.axes, 0, 0, tiled=True).reshape(-1)
     return jnp.where(mine, numbers[at], 0)

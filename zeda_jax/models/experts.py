@@ -27,11 +27,9 @@ def run_experts(
     # Sorting by expert id puts the ids >= N last, past the rows that group_sizes covers.
     ids = jnp.minimum(picks, num_experts).reshape(-1)
     order = jnp.argsort(ids, stable=True)  # sorted row -> (token, slot)
-    # row_of[order[i]] = i: (token, slot) -> sorted row; equals argsort(order). The picks that take no expert all look
-    # at the last row: if there are any, it is one of theirs, hence 0, and reading one row again costs little.
-    last = order.size - 1
-    row_of = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
-    row_of = jnp.where(ids < num_experts, row_of, last).reshape(picks.shape)
+    # (token, slot) -> sorted row. The picks that take no expert all look at the last row: if there are any, it is one
+    # of theirs, hence 0, and reading one row again costs little.
+    row_of = jnp.where(ids < num_experts, inverse(order), order.size - 1).reshape(picks.shape)
     # group_sizes[e] = sum(ids == e)
     group_sizes = jnp.bincount(ids, length=num_experts + 1)[:num_experts].astype(jnp.int32)
     rows = _dispatch(x, order, row_of)
@@ -40,6 +38,11 @@ def run_experts(
     out = grouped_matmul(act, down, group_sizes, backend=backend)
   with jax.named_scope("combine"):
     return _combine(out, weights, order, row_of)
+
+
+def inverse(order: Int[Array, " M"]) -> Int[Array, " M"]:
+  """inverse[order[i]] = i for a permutation; equals argsort(order), without sorting."""
+  return jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
 
 
 # Both ways between tokens and sorted rows are gathers, and so are their transposes: XLA's scatter-add, which autodiff
