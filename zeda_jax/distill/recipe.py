@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 # Settings that change neither the parameters nor the rollouts: a run may go on with other values. Of the teacher and
 # the prompts the content is binding, not the path.
-_FREE = ("teacher", "prompts", "workdir", "export", "evaluate", "rollout.batch_size", "log_every", "save_every", "keep")
+_FREE = (
+  *("teacher", "prompts", "workdir", "mesh", "export", "evaluate"),
+  *("rollout.batch_size", "log_every", "save_every", "keep"),
+)
 _FREE_IN_EVALUATION = ("prompts", "batch_size", "models")
 # What a run that met NaN is told to lower; it may change until its stage is finished.
 _MENDABLE = ("optimizer.learning_rate", "optimizer.clip_norm")
@@ -39,6 +42,7 @@ _FILTER_RANGES = {"top_k": (0, _INFINITY), "top_p": (0, 1)}
 _RANGES: dict[str, Any] = {
   "seed": (0, 2**32 - 1),
   "scan_unroll": (1, _INFINITY),
+  "mesh": {"data": (-1, _INFINITY), "expert": (-1, _INFINITY), "capacity": (0, _INFINITY)},
   "rollout": {
     **_SAMPLING_RANGES,
     **_FILTER_RANGES,
@@ -53,7 +57,7 @@ _RANGES: dict[str, Any] = {
   },
   "evaluate": {**_SAMPLING_RANGES, **_FILTER_RANGES, "num_prompts": (0, _INFINITY), "batch_size": (1, _INFINITY)},
 }
-_ABOVE_ZERO = ("sft.weight", "opd.weight", "rollout.top_p", "evaluate.top_p")
+_ABOVE_ZERO = ("mesh.capacity", "sft.weight", "opd.weight", "rollout.top_p", "evaluate.top_p")
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -83,6 +87,11 @@ def default_config() -> ml_collections.ConfigDict:
       "dtype": "",  # of parameters and activations; empty keeps the checkpoint's
       "remat": "layer",  # none | dots | layer: what the backward pass recomputes (see zeda_jax.config.REMAT)
       "scan_unroll": 1,  # layers per iteration of the layer scan; small models run faster unrolled
+      "mesh": {  # over all devices of all processes; nothing is cut where there is one device
+        "data": -1,  # -1: what `expert` leaves
+        "expert": 1,  # devices over which the experts are spread
+        "capacity": 1.25,  # room for rows sent between experts' devices, relative to an even share of all picks
+      },
       "student": {
         "num_zero_experts": config_dict.placeholder(int),  # N_Z; None means N // 2, 0 a static student
         "num_experts_per_tok": config_dict.placeholder(int),  # K; None keeps the teacher's

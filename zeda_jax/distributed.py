@@ -1,0 +1,46 @@
+"""Several processes as one: who writes, where they wait for each other, and how arrays pass between host and mesh.
+
+In one process every function here does the plain thing at once, so the code that calls them need not ask.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from zeda_jax.sharding import Sharding
+
+
+def is_primary() -> bool:
+  """Whether this process is the one that writes files and shows progress."""
+  return jax.process_index() == 0
+
+
+def wait_for_all(point: str) -> None:
+  """Returns once all processes have come to the same point of the program."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(point)
+
+
+def same_for_all(tree: Any) -> Any:
+  """What the primary process has, on all of them: a tree of numpy arrays or numbers of the same shapes everywhere."""
+  return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
+
+
+def to_host(tree: Any) -> Any:
+  """The whole arrays as numpy on every process, however they are sharded; for small ones."""
+
+  def whole(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+  return jax.tree.map(whole, tree)
+
+
+def rows_on_mesh(tree: Any, sharding: Sharding) -> Any:
+  """A batch over all devices, from the rows that each process has: those of process 0 come first."""
+  rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.rules.tokens))
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), tree)
