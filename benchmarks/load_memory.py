@@ -97,9 +97,8 @@ def main() -> None:
     path = pathlib.Path(scratch) / "model"
     write_synthetic(config, path, 2 * 10**9)
     print(f"{num_bytes(config) / 1e9:.2f} GB, {args.processes} processes x {args.devices} devices")
-    print(
-      f"{'process':>8}{'share MB':>10}{'before MB':>11}{'peak MB':>9}{'(peak - before) / share':>25}{'read MB':>9}{'s':>7}"
-    )
+    columns = {"process": 8, "share MB": 10, "before MB": 11, "peak MB": 9, "(peak - before) / share": 25, "read MB": 9}
+    print("".join(f"{name:>{width}}" for name, width in columns.items()) + "      s")
     for index, r in enumerate(measure(path, args.processes, args.devices, args.experts)):
       ratio = (r["peak"] - r["before"]) / r["held"]
       print(
