@@ -3,11 +3,13 @@
 #   make test PYTHON=python3.12
 #   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"   # torch without CUDA (1 GB less)
 #   make test PYTEST_FLAGS="tests/ops -x"
+#   make test PYTEST_PROCESSES=8      # files of tests run side by side, about 3 GB of memory each
 #   make demo DEMO_FLAGS="--help"
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+PYTEST_PROCESSES ?= 2
 DEMO_FLAGS ?=
 
 VENV := .venv
@@ -24,7 +26,7 @@ demo: $(VENV)/.installed ## adapt the embedded tiny teacher and print the table 
 	$(BIN)/zeda demo $(DEMO_FLAGS)
 
 test: lint $(VENV)/.installed-libtpu ## ruff, mypy and the tests
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest --numprocesses=$(PYTEST_PROCESSES) --dist=loadfile $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-dev ## the tests marked slow: minutes of work or gigabytes of disk
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)

@@ -250,7 +250,8 @@ def test_times_are_wall_clock(tmp_path):
   found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   steps = np.diff([0, *(row["step"] for row in found)])
   seconds = np.array([row["step_seconds"] for row in found])
-  assert (seconds >= 0.05).all()
+  # From the start to any row; between two rows it may be less, where the first one's end was seen late.
+  assert (np.cumsum(steps * seconds) >= 0.05 * np.cumsum(steps)).all()
   assert (steps * seconds).sum() <= total
   rates = [row["tokens_per_second"] for row in found]
   np.testing.assert_allclose(rates, BATCH * SIZE / seconds, rtol=1e-6)
