@@ -39,7 +39,7 @@ setup() { # [STORAGE]
   # The system's Python may be older than 3.11: uv brings one.
   [[ -x $HOME/.local/bin/uv ]] || python3 -m pip install --quiet --user --upgrade uv
   [[ -x $venv/bin/python ]] || "$HOME/.local/bin/uv" venv --quiet --python=3.12 "$venv"
-  "$HOME/.local/bin/uv" pip install --quiet --python="$venv/bin/python" --editable "$clone[tpu]"
+  "$HOME/.local/bin/uv" pip install --quiet --python="$venv/bin/python" --editable "${clone}[tpu]"
 }
 
 run_directory() { # NAME

@@ -112,10 +112,12 @@ look() { # sets STATE and OWNER of the queued resource; both are empty where the
 
 require_ours() {
   [[ zeda_launch=$OWNER == "$label" ]] ||
-    die "there is a queued resource $name that ${OWNER:-another tool}${OWNER:+'s launch} made, not yours: give another --name."
+    die "$name exists and is not yours (its label zeda_launch is ${OWNER:-missing}): give another --name."
 }
 
+fresh='' # whether it was requested just now, and has not been ACTIVE yet
 create() {
+  fresh=yes
   run "${tpu[@]}" queued-resources create "$name" "--node-id=$name" "${there[@]}" "--accelerator-type=$type" \
     "--runtime-version=$runtime" "--labels=$label" ${spot:+--spot} --quiet
 }
@@ -127,6 +129,12 @@ remove() { # the queued resource and its TPU, if they are ours
     require_ours
   fi
   run "${tpu[@]}" queued-resources delete "$name" "${there[@]}" --force --quiet
+}
+
+give_up() { # SENTENCE EXIT-CODE
+  note "$1; $name is kept for you to look at, and may cost. To delete it:"
+  quoted "${tpu[@]}" queued-resources delete "$name" "${there[@]}" --force >&2
+  exit "$2"
 }
 
 wait_until_active() { # creates it where there is none, and again where it was suspended or failed
@@ -141,9 +149,14 @@ wait_until_active() { # creates it where there is none, and again where it was s
     [[ $STATE == "$before" ]] || note "$name: ${STATE:-there is none}"
     before=$STATE
     case $STATE in
-      ACTIVE) return ;;
+      ACTIVE) fresh='' && return ;;
+      FAILED) [[ -z $fresh ]] || give_up "the request failed" 1 ;;&
       '') create || die "gcloud cannot create $name (it says why above)." ;;
-      SUSPENDED | FAILED) count_restart && remove ;;
+      SUSPENDED | FAILED)
+        count_restart
+        remove
+        sleep "$poll"
+        ;;
       *) sleep "$poll" ;;
     esac
   done
@@ -169,8 +182,9 @@ pack() { # ARCHIVE
     tar -C "$root" --null --files-from=- --ignore-failed-read -czf "$1"
 }
 
-lost() { # whether the TPU went away; the state says so some time after the connection broke
+lost() { # whether the TPU went away; the state says so some time after the connection broke. Not if zeda found bad input.
   local node
+  ((code != 2)) || return 1
   for _ in {1..6}; do
     if look && [[ $STATE != ACTIVE ]]; then return 0; fi
     node=$("${tpu[@]}" tpu-vm describe "$name" "${there[@]}" "--format=value(state)" 2>/dev/null) || node=''
@@ -222,14 +236,12 @@ while true; do
   if lost; then
     count_restart
     note "$name was preempted (${STATE:-gone}): requesting it again."
-    remove
+    remove || give_up "it could not be deleted" 1
   elif ((code == STOPPED || code == 255)); then # saved on SIGTERM, or the connection broke: run again, or attach again
     count_restart
   else
-    note "failed, and the TPU is there: it is kept for you to look at, and costs. To delete it:"
-    quoted "${tpu[@]}" queued-resources delete "$name" "${there[@]}" --force >&2
-    exit "$code"
+    give_up "failed" "$code"
   fi
 done
 note "finished."
-if [[ -n $keep ]]; then note "$name is kept, and costs until it is deleted."; else remove; fi
+if [[ -n $keep ]]; then note "$name is kept, and costs until it is deleted."; else remove || give_up "it could not be deleted" 1; fi
