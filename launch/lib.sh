@@ -56,6 +56,34 @@ value_of() {
   printf '%s\n' "$2"
 }
 
+# parse_options VALUES FLAGS ARG...: --name=value sets the variable name for the names in VALUES, --name sets it to yes for
+# those in FLAGS (with _ for -). Sets COMMAND to what stands after --.
+parse_options() {
+  local values=" $1 " flags=" $2 " option value
+  split_arguments "${@:3}"
+  set -- "${OPTIONS[@]}"
+  while (($#)); do
+    option=${1#--}
+    case $1 in
+      -h | --help) help && exit 0 ;;
+      --dry-run) DRY_RUN=yes ;;
+      --*)
+        if [[ $flags == *" $option "* ]]; then
+          printf -v "${option//-/_}" yes
+        elif [[ $values == *" $option "* ]]; then
+          value=$(value_of "$@") || exit 2
+          printf -v "${option//-/_}" '%s' "$value"
+          shift
+        else
+          die "$1 is no option of $(basename "$0"); what zeda gets stands after --. See --help."
+        fi
+        ;;
+      *) die "${1@Q} is no option of $(basename "$0"); what zeda gets stands after --. See --help." ;;
+    esac
+    shift
+  done
+}
+
 check_number() { [[ $2 =~ ^[1-9][0-9]{0,5}$ ]] || die "$1=$2 is no number above 0."; }
 
 check_name() {
@@ -72,7 +100,9 @@ owner() {
   local name=${USER:-$(id -un)}
   name=${name,,}
   name=${name//[^a-z0-9_-]/-}
-  printf '%.63s\n' "$name"
+  name=${name#"${name%%[a-z0-9]*}"} # labels of Kubernetes begin and end with a letter or digit
+  name=${name:0:63}
+  printf '%s\n' "${name%"${name##*[a-z0-9]}"}"
 }
 
 # check_command WHERE ARG...: a recipe command of zeda that can run on hosts that share only WHERE (/: any absolute path;

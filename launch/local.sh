@@ -25,27 +25,15 @@ signalled. Exit codes: 0 all processes ended with 0; 2 bad input; otherwise that
 END
 }
 
-processes=2 devices=4 port='' grace=30 program=()
-split_arguments "$@"
-set -- "${OPTIONS[@]}"
-while (($#)); do
-  case $1 in
-    -h | --help) help; exit 0 ;;
-    --dry-run) DRY_RUN=yes; shift ;;
-    --processes) processes=$(value_of "$@"); shift 2 ;;
-    --devices) devices=$(value_of "$@"); shift 2 ;;
-    --port) port=$(value_of "$@"); shift 2 ;;
-    --grace) grace=$(value_of "$@"); shift 2 ;;
-    --program) program=("$(value_of "$@")"); shift 2 ;;
-    *) die "${1@Q} is no option of local.sh; what zeda gets stands after --. See --help." ;;
-  esac
-done
+processes=2 devices=4 port='' grace=30 program=''
+parse_options "processes devices port grace program" "" "$@"
 
 listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
 check_number --processes "$processes"
 check_number --devices "$devices"
 check_number --grace "$grace"
+program=(${program:+"$program"})
 if ((${#program[@]} == 0)); then
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   if [[ -x $root/.venv/bin/zeda ]]; then

@@ -36,33 +36,14 @@ Exit codes: 0 finished; 2 bad input, before anything is created or found by zeda
 END
 }
 
-name='' project='' zone='' topology='' type='' runtime='' spot='' storage='' keep='' stop='' max=100 poll=30
-split_arguments "$@"
-set -- "${OPTIONS[@]}"
-while (($#)); do
-  case $1 in
-    -h | --help) help; exit 0 ;;
-    --dry-run) DRY_RUN=yes; shift ;;
-    --spot) spot=yes; shift ;;
-    --keep) keep=yes; shift ;;
-    --stop) stop=yes; shift ;;
-    --name) name=$(value_of "$@"); shift 2 ;;
-    --project) project=$(value_of "$@"); shift 2 ;;
-    --zone) zone=$(value_of "$@"); shift 2 ;;
-    --topology) topology=$(value_of "$@"); shift 2 ;;
-    --accelerator-type) type=$(value_of "$@"); shift 2 ;;
-    --runtime-version) runtime=$(value_of "$@"); shift 2 ;;
-    --storage) storage=$(value_of "$@"); shift 2 ;;
-    --max-restarts) max=$(value_of "$@"); shift 2 ;;
-    --poll) poll=$(value_of "$@"); shift 2 ;;
-    *) die "${1@Q} is no option of tpu_queued_resources.sh; what zeda gets stands after --. See --help." ;;
-  esac
-done
+name='' project='' zone='' topology='' accelerator_type='' runtime_version='' spot='' storage='' keep='' stop=''
+max_restarts=100 poll=30
+parse_options "name project zone topology accelerator-type runtime-version storage max-restarts poll" "spot keep stop" "$@"
 
 check_name "$name"
 [[ $project =~ ^[a-z][a-z0-9.:-]{4,60}[a-z0-9]$ ]] || die "--project=$project is no project id."
 [[ $zone =~ ^[a-z]+-[a-z]+[0-9]+-[a-z]$ ]] || die "--zone=$zone is no zone; expected one such as us-east5-a."
-check_number --max-restarts "$max"
+check_number --max-restarts "$max_restarts"
 check_number --poll "$poll"
 tpu=(gcloud compute tpus)
 there=("--project=$project" "--zone=$zone")
@@ -71,24 +52,24 @@ on_all() { run "${tpu[@]}" tpu-vm ssh "$name" "${there[@]}" --worker=all --quiet
 worker=zeda-jax/launch/on_worker.sh
 
 if [[ -z $stop ]]; then
-  [[ -z $topology || -z $type ]] || die "--topology and --accelerator-type say the same: give one of them."
+  [[ -z $topology || -z $accelerator_type ]] || die "--topology and --accelerator-type say the same: give one of them."
   if [[ -n $topology ]]; then
     parse_topology "$topology"
-    case $TPU_KIND in
-      v4 | v5p) type=$TPU_KIND-$((TPU_CHIPS * 2)) ;; # counted in cores
-      v5e) type=v5litepod-$TPU_CHIPS ;;
-      v6e) type=v6e-$TPU_CHIPS ;;
-      *) die "--topology=$topology: Cloud TPU has no queued resources of $TPU_KIND; use launch/gke.sh." ;;
-    esac
+    [[ $TPU_KIND != tpu7x ]] || die "--topology=$topology: there are no queued resources of tpu7x; use launch/gke.sh."
+    type=${TPU_KIND/v5e/v5litepod}
+    shape=("--type=$type" "--topology=$TPU_SHAPE")
+  else
+    [[ $accelerator_type =~ ^(v4|v5litepod|v5p|v6e)-[1-9][0-9]*$ ]] ||
+      die "--accelerator-type=$accelerator_type is none; expected one such as v5p-128 or v5litepod-256, or --topology."
+    type=${accelerator_type%-*}
+    shape=("--accelerator-type=$accelerator_type")
   fi
   case $type in
-    v4-*) : "${runtime:=tpu-ubuntu2204-base}" ;;
-    v5litepod-*) : "${runtime:=v2-alpha-tpuv5-lite}" ;;
-    v5p-*) : "${runtime:=v2-alpha-tpuv5}" ;;
-    v6e-*) : "${runtime:=v2-alpha-tpuv6e}" ;;
+    v4) : "${runtime_version:=tpu-ubuntu2204-base}" ;;
+    v5litepod) : "${runtime_version:=v2-alpha-tpuv5-lite}" ;;
+    v5p) : "${runtime_version:=v2-alpha-tpuv5}" ;;
+    v6e) : "${runtime_version:=v2-alpha-tpuv6e}" ;;
   esac
-  [[ $type =~ ^(v4|v5litepod|v5p|v6e)-[1-9][0-9]*$ ]] ||
-    die "--accelerator-type=$type is none; expected one such as v5p-128, v5litepod-256 or v6e-64, or --topology."
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   check_command "${storage:+$SHARED}" "${COMMAND[@]}"
   [[ -n $storage ]] || check_command / "${COMMAND[@]}"
@@ -118,8 +99,8 @@ require_ours() {
 fresh='' # whether it was requested just now, and has not been ACTIVE yet
 create() {
   fresh=yes
-  run "${tpu[@]}" queued-resources create "$name" "--node-id=$name" "${there[@]}" "--accelerator-type=$type" \
-    "--runtime-version=$runtime" "--labels=$label" ${spot:+--spot} --quiet
+  run "${tpu[@]}" queued-resources create "$name" "--node-id=$name" "${there[@]}" "${shape[@]}" \
+    "--runtime-version=$runtime_version" "--labels=$label" ${spot:+--spot} --quiet
 }
 
 remove() { # the queued resource and its TPU, if they are ours
@@ -165,8 +146,8 @@ wait_until_active() { # creates it where there is none, and again where it was s
 restarts=0
 count_restart() {
   restarts=$((restarts + 1))
-  ((restarts <= max)) && return
-  note "restarted $max times: stopping here. The same command goes on."
+  ((restarts <= max_restarts)) && return
+  note "restarted $max_restarts times: stopping here. The same command goes on."
   exit "$STOPPED"
 }
 
@@ -217,6 +198,7 @@ fi
 check_bucket "$storage"
 look || die "gcloud cannot list the queued resources of $project in $zone (it says why above)."
 [[ -z $STATE ]] || require_ours
+# shellcheck disable=SC2329 # the traps below call it
 interrupted() {
   note "no longer watching. $name is left as it is; the same command attaches again, --stop ends the run."
   exit "$1"
