@@ -27,7 +27,7 @@ usage: launch/gke.sh --name=NAME --image=IMAGE --topology=v5p:4x4x4 --storage=WH
   --poll=SECONDS           between questions about the state (15)
   --dry-run                prints the commands and the manifest and runs nothing
 
-The cluster has JobSet 0.6 or newer and a node pool of that topology (or auto-provisioning). Ctrl-C and a lost connection
+The cluster has JobSet 0.6 or newer and a node pool of that topology (or makes one). Ctrl-C and a lost connection
 end the watching, not the run: the same command watches again. It changes no JobSet that exists: --name of one that does
 not carry your label zeda_launch is refused. The JobSet is removed a day after its end. To stop a run:
 kubectl delete jobset NAME; zeda saves on SIGTERM, and another launch with the same command goes on.
@@ -55,7 +55,7 @@ check_number --max-restarts "$max_restarts"
 check_number --poll "$poll"
 check_command "$SHARED" "${COMMAND[@]}"
 check_config_in "$(cd "$here/.." && pwd)"
-[[ -n $storage ]] || die "--storage is missing: teacher, prompts and workdir lie on it (gs://BUCKET, HOST:/SHARE, pvc:NAME)."
+[[ -n $storage ]] || die "--storage is missing: give gs://BUCKET, HOST:/SHARE or pvc:NAME, for teacher, prompts and workdir."
 [[ $storage == pvc:* ]] && object --storage "${storage#pvc:}"
 [[ $storage == pvc:* ]] || check_storage "$storage"
 [[ $storage != gs://* || -n $service_account ]] ||
@@ -79,7 +79,8 @@ render() {
   local text line key value
   local -A values=([NAME]=$name [NAMESPACE]=$namespace [OWNER]=$(owner) [IMAGE]=$image [SHAPE]=$TPU_SHAPE
     [HOSTS]=$TPU_HOSTS [CHIPS_PER_HOST]=$CHIPS_PER_HOST [MAX_RESTARTS]=$max_restarts [ARGUMENTS]=$(json "${COMMAND[@]}")
-    [QUEUE]=${queue:+kueue.x-k8s.io/queue-name: $queue} [SERVICE_ACCOUNT]=${service_account:+serviceAccountName: $service_account}
+    [QUEUE]=${queue:+kueue.x-k8s.io/queue-name: $queue}
+    [SERVICE_ACCOUNT]=${service_account:+serviceAccountName: $service_account}
     [SPOT_SELECTOR]=${spot:+'cloud.google.com/gke-spot: "true"'}
     [SPOT_TOLERATION]=${spot:+'{key: cloud.google.com/gke-spot, operator: Equal, value: "true", effect: NoSchedule}'}
     [POD_ANNOTATION]='gke-gcsfuse/volumes: "false"')

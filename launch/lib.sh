@@ -56,8 +56,8 @@ value_of() {
   printf '%s\n' "$2"
 }
 
-# parse_options VALUES FLAGS ARG...: --name=value sets the variable name for the names in VALUES, --name sets it to yes for
-# those in FLAGS (with _ for -). Sets COMMAND to what stands after --.
+# parse_options VALUES FLAGS ARG...: --name=value sets the variable name for the names in VALUES, --name sets it to yes
+# for those in FLAGS (with _ for -). Sets COMMAND to what stands after --.
 parse_options() {
   local values=" $1 " flags=" $2 " option value
   split_arguments "${@:3}"
@@ -187,4 +187,18 @@ parse_topology() {
   for dim in "${dims[@]}"; do TPU_CHIPS=$((TPU_CHIPS * dim)); done
   CHIPS_PER_HOST=$((TPU_CHIPS < 4 ? TPU_CHIPS : 4))
   TPU_HOSTS=$((TPU_CHIPS / CHIPS_PER_HOST))
+}
+
+# check_compact: the shape of parse_topology is the one that Cloud TPU makes of as many chips.
+check_compact() {
+  local a b c n=$((TPU_CHIPS / 64)) sum best=0 shape=$TPU_SHAPE
+  for ((a = 1; a * a * a <= n; a++)); do
+    for ((b = a; a * b * b <= n; b++)); do
+      ((n % (a * b) == 0)) || continue
+      c=$((n / (a * b))) sum=$((a + b + c))
+      ((best && sum >= best)) || { best=$sum shape=$((a * 4))x$((b * 4))x$((c * 4)); }
+    done
+  done
+  [[ $TPU_KIND != v4 && $TPU_KIND != v5p ]] || [[ $shape == "$TPU_SHAPE" ]] ||
+    die "--topology=$TPU_KIND:$TPU_SHAPE: of $TPU_CHIPS chips, queued resources make $shape; plan for that, or use gke.sh."
 }

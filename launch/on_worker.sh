@@ -3,7 +3,7 @@
 #
 #   on_worker.sh setup [STORAGE]      mounts STORAGE (gs://BUCKET or HOST:/SHARE) at /mnt/zeda, installs zeda
 #   on_worker.sh running NAME         whether the run NAME goes on here
-#   on_worker.sh run NAME ARGUMENTS   starts zeda with the arguments, or attaches to the run NAME, and returns its exit code
+#   on_worker.sh run NAME ARGUMENTS   starts zeda, or attaches to the run NAME, and returns its exit code
 #   on_worker.sh stop NAME            SIGTERM to the run NAME, which saves and exits
 #
 # A run does not end with the connection it was started over: its output goes to a file, which `run` follows.

@@ -69,7 +69,7 @@ if [[ -n $DRY_RUN ]]; then
   exit 0
 fi
 job=$(queued) || die "squeue fails (it says why above)."
-[[ -z $job ]] || die "your job ${job//$'\n'/, } of the name $name is queued or runs: give another --name, or scancel it."
+[[ -z $job ]] || die "your job ${job//$'\n'/, }, named $name, is queued or runs: give another --name, or scancel it."
 mkdir -p "$root/runs"
 job=$(submit) || die "sbatch refuses the job (it says why above)."
 job=${job%%;*} # with several clusters the cluster's name follows

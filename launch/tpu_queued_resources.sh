@@ -38,7 +38,8 @@ END
 
 name='' project='' zone='' topology='' accelerator_type='' runtime_version='' spot='' storage='' keep='' stop=''
 max_restarts=100 poll=30
-parse_options "name project zone topology accelerator-type runtime-version storage max-restarts poll" "spot keep stop" "$@"
+parse_options "name project zone topology accelerator-type runtime-version storage max-restarts poll" \
+  "spot keep stop" "$@"
 
 check_name "$name"
 [[ $project =~ ^[a-z][a-z0-9.:-]{4,60}[a-z0-9]$ ]] || die "--project=$project is no project id."
@@ -56,20 +57,21 @@ if [[ -z $stop ]]; then
   if [[ -n $topology ]]; then
     parse_topology "$topology"
     [[ $TPU_KIND != tpu7x ]] || die "--topology=$topology: there are no queued resources of tpu7x; use launch/gke.sh."
-    type=${TPU_KIND/v5e/v5litepod}
-    shape=("--type=$type" "--topology=$TPU_SHAPE")
-  else
-    [[ $accelerator_type =~ ^(v4|v5litepod|v5p|v6e)-[1-9][0-9]*$ ]] ||
-      die "--accelerator-type=$accelerator_type is none; expected one such as v5p-128 or v5litepod-256, or --topology."
-    type=${accelerator_type%-*}
-    shape=("--accelerator-type=$accelerator_type")
+    check_compact
+    case $TPU_KIND in
+      v5e) accelerator_type=v5litepod-$TPU_CHIPS ;;
+      v6e) accelerator_type=v6e-$TPU_CHIPS ;;
+      *) accelerator_type=$TPU_KIND-$((TPU_CHIPS * 2)) ;; # counted in cores
+    esac
   fi
-  case $type in
-    v4) : "${runtime_version:=tpu-ubuntu2204-base}" ;;
-    v5litepod) : "${runtime_version:=v2-alpha-tpuv5-lite}" ;;
-    v5p) : "${runtime_version:=v2-alpha-tpuv5}" ;;
-    v6e) : "${runtime_version:=v2-alpha-tpuv6e}" ;;
+  case $accelerator_type in
+    v4-*) : "${runtime_version:=tpu-ubuntu2204-base}" ;;
+    v5litepod-*) : "${runtime_version:=v2-alpha-tpuv5-lite}" ;;
+    v5p-*) : "${runtime_version:=v2-alpha-tpuv5}" ;;
+    v6e-*) : "${runtime_version:=v2-alpha-tpuv6e}" ;;
   esac
+  [[ $accelerator_type =~ ^(v4|v5litepod|v5p|v6e)-[1-9][0-9]*$ ]] ||
+    die "--accelerator-type=$accelerator_type is none; expected one such as v5p-128 or v5litepod-256, or --topology."
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   check_command "${storage:+$SHARED}" "${COMMAND[@]}"
   [[ -n $storage ]] || check_command / "${COMMAND[@]}"
@@ -99,8 +101,8 @@ require_ours() {
 fresh='' # whether it was requested just now, and has not been ACTIVE yet
 create() {
   fresh=yes
-  run "${tpu[@]}" queued-resources create "$name" "--node-id=$name" "${there[@]}" "${shape[@]}" \
-    "--runtime-version=$runtime_version" "--labels=$label" ${spot:+--spot} --quiet
+  run "${tpu[@]}" queued-resources create "$name" "--node-id=$name" "${there[@]}" \
+    "--accelerator-type=$accelerator_type" "--runtime-version=$runtime_version" "--labels=$label" ${spot:+--spot} --quiet
 }
 
 remove() { # the queued resource and its TPU, if they are ours
@@ -163,9 +165,9 @@ pack() { # ARCHIVE
     tar -C "$root" --null --files-from=- --ignore-failed-read -czf "$1"
 }
 
-lost() { # whether the TPU went away; the state says so some time after the connection broke. Not if zeda found bad input.
+lost() { # whether the TPU went away; the state says so some time after the connection broke
   local node
-  ((code != 2)) || return 1
+  ((code != 2)) || return 1 # bad input, found by zeda
   for _ in {1..6}; do
     if look && [[ $STATE != ACTIVE ]]; then return 0; fi
     node=$("${tpu[@]}" tpu-vm describe "$name" "${there[@]}" "--format=value(state)" 2>/dev/null) || node=''
@@ -226,4 +228,8 @@ while true; do
   fi
 done
 note "finished."
-if [[ -n $keep ]]; then note "$name is kept, and costs until it is deleted."; else remove || give_up "it could not be deleted" 1; fi
+if [[ -z $keep ]]; then
+  remove || give_up "it could not be deleted" 1
+else
+  note "$name is kept, and costs until it is deleted."
+fi
