@@ -55,7 +55,7 @@ check_number --max-restarts "$max_restarts"
 check_number --poll "$poll"
 check_command "$SHARED" "${COMMAND[@]}"
 check_config_in "$(cd "$here/.." && pwd)"
-[[ -n $storage ]] || die "--storage is missing: give gs://BUCKET, HOST:/SHARE or pvc:NAME, for teacher, prompts and workdir."
+[[ -n $storage ]] || die "--storage is missing: teacher, prompts and workdir lie on it (see --help)."
 [[ $storage == pvc:* ]] && object --storage "${storage#pvc:}"
 [[ $storage == pvc:* ]] || check_storage "$storage"
 [[ $storage != gs://* || -n $service_account ]] ||

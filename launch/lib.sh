@@ -105,8 +105,8 @@ owner() {
   printf '%s\n' "${name%"${name##*[a-z0-9]}"}"
 }
 
-# check_command WHERE ARG...: a recipe command of zeda that can run on hosts that share only WHERE (/: any absolute path;
-# empty: there is one host). Sets CONFIG to its configuration file.
+# check_command WHERE ARG...: a recipe command of zeda that can run on hosts that share only WHERE (/: any absolute
+# path; empty: there is one host). Sets CONFIG to its configuration file.
 check_command() {
   local where=$1 name value arg
   shift
@@ -146,7 +146,7 @@ check_config_in() {
 
 # check_storage VALUE: gs://BUCKET or HOST:/SHARE.
 check_storage() {
-  [[ $1 =~ ^gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]$ || $1 =~ ^[A-Za-z0-9.-]+:/[A-Za-z0-9._/-]+$ ]] ||
+  [[ $1 =~ ^gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]$ || ($1 != gs:* && $1 =~ ^[A-Za-z0-9.-]+:/[A-Za-z0-9._/-]+$) ]] ||
     die "--storage=$1 is neither a bucket (gs://BUCKET, without a path) nor an NFS share (HOST:/SHARE)."
 }
 
@@ -200,5 +200,5 @@ check_compact() {
     done
   done
   [[ $TPU_KIND != v4 && $TPU_KIND != v5p ]] || [[ $shape == "$TPU_SHAPE" ]] ||
-    die "--topology=$TPU_KIND:$TPU_SHAPE: of $TPU_CHIPS chips, queued resources make $shape; plan for that, or use gke.sh."
+    die "--topology=$TPU_KIND:$TPU_SHAPE: of $TPU_CHIPS chips, queued resources make $shape; take that, or gke.sh."
 }

@@ -77,7 +77,7 @@ run() { # NAME ARGUMENTS
       sleep 0.1
     done
   fi
-  tail -n "+$from" -f "$log" &
+  tail --pid="$$" -n "+$from" -f "$log" &
   follower=$!
   trap 'kill "$follower" 2>/dev/null || true' EXIT
   while running "$1"; do sleep "${ZEDA_POLL:-2}"; done

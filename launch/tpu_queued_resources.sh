@@ -77,7 +77,7 @@ if [[ -z $stop ]]; then
   [[ -n $storage ]] || check_command / "${COMMAND[@]}"
   check_config_in "$root"
   [[ -z $storage ]] || check_storage "$storage"
-  git -C "$root" rev-parse --git-dir >/dev/null 2>&1 || die "$root is no git clone: its files are what the workers get."
+  [[ -e $root/.git ]] || die "$root is no git clone: its files are what the workers get."
 fi
 need_tool gcloud "https://cloud.google.com/sdk/docs/install"
 
@@ -102,7 +102,8 @@ fresh='' # whether it was requested just now, and has not been ACTIVE yet
 create() {
   fresh=yes
   run "${tpu[@]}" queued-resources create "$name" "--node-id=$name" "${there[@]}" \
-    "--accelerator-type=$accelerator_type" "--runtime-version=$runtime_version" "--labels=$label" ${spot:+--spot} --quiet
+    "--accelerator-type=$accelerator_type" "--runtime-version=$runtime_version" "--labels=$label" \
+    ${spot:+--spot} --quiet
 }
 
 remove() { # the queued resource and its TPU, if they are ours
