@@ -4,7 +4,7 @@
 #   on_worker.sh setup [STORAGE]      mounts STORAGE (gs://BUCKET or HOST:/SHARE) at /mnt/zeda, installs zeda
 #   on_worker.sh running NAME         whether the run NAME goes on here
 #   on_worker.sh run NAME ARGUMENTS   starts zeda, or attaches to the run NAME, and returns its exit code
-#   on_worker.sh stop NAME            SIGTERM to the run NAME, which saves and exits
+#   on_worker.sh stop NAME            SIGTERM to the run NAME, which saves and exits; run returns 76
 #
 # A run does not end with the connection it was started over: its output goes to a file, which `run` follows.
 set -euo pipefail
@@ -61,7 +61,7 @@ run() { # NAME ARGUMENTS
   else
     touch "$log" "$directory/lock"
     from=$(($(wc -l <"$log") + 1))
-    rm -f "$directory/exit" "$directory/pid"
+    rm -f "$directory/exit" "$directory/pid" "$directory/stopped"
     (
       cd "$clone"
       export ZEDA_EXIT_WHEN_STOPPED=75 PYTHONUNBUFFERED=1
@@ -84,11 +84,13 @@ run() { # NAME ARGUMENTS
   sleep 1 # tail looks once a second
   code=1  # nothing was written: the machine went down under it
   [[ -s $directory/exit ]] && code=$(<"$directory/exit")
+  ((code != 75)) || [[ ! -e $directory/stopped ]] || code=76 # not preempted: the launcher shall not start it again
   exit "$code"
 }
 
 stop() { # NAME
   if running "$1"; then
+    touch "$(run_directory "$1")/stopped"
     kill -TERM "$(<"$(run_directory "$1")/pid")"
   else
     echo "no run $1 goes on here" >&2

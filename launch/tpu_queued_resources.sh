@@ -19,7 +19,7 @@ usage: launch/tpu_queued_resources.sh --name=NAME --project=PROJECT --zone=ZONE 
   --spot                   cheaper, and may be preempted at any time
   --storage=WHAT           gs://BUCKET (gcsfuse) or HOST:/SHARE (NFS, Filestore), mounted at /mnt/zeda on every worker
   --keep                   leave the TPU there after success (it costs until it is deleted)
-  --stop                   SIGTERM to the run on all workers, which saves and exits; nothing else is done
+  --stop                   ends the run: SIGTERM on all workers, zeda saves and exits; the TPU stays, and costs
   --max-restarts=N         after preemptions (100)
   --poll=SECONDS           between questions about the state (30)
   --dry-run                prints the commands and runs nothing
@@ -82,10 +82,13 @@ fi
 need_tool gcloud "https://cloud.google.com/sdk/docs/install"
 
 STATE='' OWNER=''
+fields='csv[no-heading](name.basename(),state.state,tpu.nodeSpec[0].node.labels.zeda_launch)'
+list_all() { run "${tpu[@]}" queued-resources list "${there[@]}" "--format=$fields"; }
+
 look() { # sets STATE and OWNER of the queued resource; both are empty where there is none
-  local listed line found fields='csv[no-heading](name.basename(),state.state,tpu.nodeSpec[0].node.labels.zeda_launch)'
+  local listed line found
   STATE='' OWNER=''
-  listed=$("${tpu[@]}" queued-resources list "${there[@]}" "--format=$fields") || return 1
+  listed=$(list_all) || return 1
   while IFS= read -r line; do
     IFS=, read -r found STATE OWNER <<<"$line"
     [[ $found != "$name" ]] || return 0
@@ -188,7 +191,7 @@ if [[ -n $DRY_RUN ]]; then
   check_bucket "$storage"
   echo "# unless there is one; until it is ACTIVE, every $poll s; again after a preemption:"
   create
-  run "${tpu[@]}" queued-resources list "${there[@]}"
+  list_all
   echo "# on all workers:"
   echo "git -C $(quoted "$root") ls-files -z --cached --others --exclude-standard |" \
     "tar -C $(quoted "$root") --null --files-from=- --ignore-failed-read -czf zeda-jax.tgz"
@@ -217,6 +220,7 @@ while true; do
   code=0
   { install "$work/zeda-jax.tgz" && on_all "$command_line"; } || code=$?
   ((code)) || break
+  ((code != 76)) || give_up "stopped by --stop, and saved" "$STOPPED"
   note "the command ended with exit code $code; looking whether the TPU is still there."
   if lost; then
     count_restart

@@ -87,7 +87,7 @@ def test_dry_run_is_the_whole_way(cloud):
     *("--accelerator-type=v5p-128", "--runtime-version=v2-alpha-tpuv5", "--labels=zeda_launch=jane-doe"),
     *("--spot", "--quiet"),
   ]
-  assert watch == ["gcloud", "compute", "tpus", "queued-resources", "list", *THERE]
+  assert watch[:-1] == ["gcloud", "compute", "tpus", "queued-resources", "list", *THERE]
   assert pack[:2] == ["git", "-C"] and pack[-1] == "zeda-jax.tgz"
   copied = ["zeda-jax.tgz", "half:zeda-jax.tgz", *THERE, "--worker=all", "--quiet"]
   assert copy == ["gcloud", "compute", "tpus", "tpu-vm", "scp", *copied]
@@ -260,6 +260,13 @@ def test_stop_asks_the_workers_and_nothing_else(cloud):
   assert cloud.calls() == [[*everywhere, stop]]
 
 
+def test_stopped_on_purpose_it_is_not_started_again(cloud):
+  cloud.file("runs", "76\n0\n")
+  result = launch(cloud)
+  assert result.returncode == 75 and "stopped by --stop, and saved; half is kept" in result.stderr
+  assert verbs(cloud) == ["create", "scp", "setup", "run"]
+
+
 # What happens on a worker: the same script, run here.
 
 ZEDA = """
@@ -301,9 +308,18 @@ def test_on_a_worker_a_second_run_attaches_and_stop_saves(worker):
   assert second.stdout.readline() == "[3] attached to the run that goes on\n"
   assert worker.run("on_worker.sh", "stop", "half").returncode == 0
   out, _ = second.communicate(timeout=20)
-  assert (second.returncode, out) == (75, "[3] zeda adapt\n[3] saved\n")
+  assert (second.returncode, out) == (76, "[3] zeda adapt\n[3] saved\n")
   assert log_of(worker) == "zeda adapt\nsaved\n"
   assert worker.run("on_worker.sh", "running", "half").returncode == 1
+
+
+def test_on_a_worker_a_preemption_is_not_a_stop(worker):
+  first = subprocess.Popen(
+    [LAUNCH / "on_worker.sh", "run", "half", "adapt"], env=worker.env, stdout=subprocess.PIPE, text=True
+  )
+  assert first.stdout.readline() == "[3] zeda adapt\n"
+  os.kill(int((worker.home / ".zeda-runs" / "half" / "pid").read_text()), signal.SIGTERM)
+  assert first.communicate(timeout=20)[0] == "[3] saved\n" and first.returncode == 75
 
 
 def test_on_a_worker_stop_without_a_run_kills_nothing(worker):
