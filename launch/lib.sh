@@ -4,9 +4,10 @@
 # SC2034: what is set here is used there.
 #
 # Exit codes of all of them: 0 finished; 2 bad input, found before anything was started (or by zeda itself); 75 stopped
-# and saved, the same command goes on; 130 or 143 the script itself was interrupted; otherwise that of what failed.
+# and saved, or a process died: the same command goes on; 130 or 143 the script itself was interrupted; otherwise that
+# of what failed.
 
-readonly STOPPED=75 # EX_TEMPFAIL: what zeda returns with ZEDA_EXIT_WHEN_STOPPED=75
+readonly STOPPED=75 # EX_TEMPFAIL: what zeda returns with ZEDA_EXIT_WHEN_STOPPED=75, and when a peer died
 readonly SHARED=/mnt/zeda # where --storage is mounted on every host
 readonly RECIPE="adapt rollout sft opd export"
 DRY_RUN='' # not empty: print commands instead of running them

@@ -81,7 +81,7 @@ run() { # NAME ARGUMENTS
   follower=$!
   trap 'kill "$follower" 2>/dev/null || true' EXIT
   while running "$1"; do sleep "${ZEDA_POLL:-2}"; done
-  sleep 1 # tail looks once a second
+  sleep "${ZEDA_POLL:-1}" # tail looks once a second, where it is not told at once
   code=1  # nothing was written: the machine went down under it
   [[ -s $directory/exit ]] && code=$(<"$directory/exit")
   ((code != 75)) || [[ ! -e $directory/stopped ]] || code=76 # not preempted: the launcher shall not start it again

@@ -55,7 +55,7 @@ need_tool sbatch "run this on a login node of the cluster."
 
 log=$root/runs/$name.log
 submit() {
-  run env "ZEDA_GPUS_PER_NODE=$gpus_per_node" "ZEDA_MAX_RESTARTS=$max_restarts" sbatch --parsable "--job-name=$name" \
+  run env "ZEDA_MAX_RESTARTS=$max_restarts" sbatch --parsable "--job-name=$name" \
     "--output=$log" "--chdir=$root" "--nodes=$nodes" "--gpus-per-node=$gpus_per_node" "--time=$time" \
     ${partition:+"--partition=$partition"} ${account:+"--account=$account"} ${qos:+"--qos=$qos"} \
     ${constraint:+"--constraint=$constraint"} "$here/slurm.sbatch" "$program" "${COMMAND[@]}"

@@ -31,8 +31,9 @@ and runs the same command, which goes on from the last checkpoint. A failure lea
 It never deletes what does not carry the label. Ctrl-C and a lost connection end the watching, not the run: the same
 command attaches again. gcloud needs its key in the ssh agent: ssh-add ~/.ssh/google_compute_engine.
 
-Exit codes: 0 finished; 2 bad input, before anything is created or found by zeda; 75 stopped by --stop or too often;
-130, 143 interrupted, the run goes on; otherwise that of zeda or gcloud.
+Exit codes: 0 finished; 2 bad input, before anything is created or found by zeda; 75 ended before it was finished, by
+--stop, too often, or because workers died: the same command goes on; 130, 143 interrupted, the run goes on; otherwise
+that of zeda or gcloud.
 END
 }
 
@@ -215,9 +216,10 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 pack "$work/zeda-jax.tgz"
 
+short=0 # runs in a row that ended within ten minutes, with the TPU still there
 while true; do
   wait_until_active
-  code=0
+  code=0 started=$SECONDS
   { install "$work/zeda-jax.tgz" && on_all "$command_line"; } || code=$?
   ((code)) || break
   ((code != 76)) || give_up "stopped by --stop, and saved" "$STOPPED"
@@ -226,7 +228,9 @@ while true; do
     count_restart
     note "$name was preempted (${STATE:-gone}): requesting it again."
     remove || give_up "it could not be deleted" 1
-  elif ((code == STOPPED || code == 255)); then # saved on SIGTERM, or the connection broke: run again, or attach again
+  elif ((code == STOPPED || code == 255)); then # saved on SIGTERM, a peer died, or the connection broke: again
+    short=$((SECONDS - started < 600 ? short + 1 : 0))
+    ((short < 5)) || give_up "ended five times in a row within ten minutes" "$code"
     count_restart
   else
     give_up "failed" "$code"

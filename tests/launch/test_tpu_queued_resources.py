@@ -147,6 +147,13 @@ def test_it_gives_up_after_too_many_preemptions(cloud):
   assert verbs(cloud).count("create") == 3
 
 
+def test_workers_that_die_again_and_again_are_not_started_for_ever(cloud):
+  cloud.file("runs", "75\n" * 9)
+  result = launch(cloud)
+  assert result.returncode == 75 and "five times in a row" in result.stderr
+  assert verbs(cloud).count("run") == 5 and "delete" not in verbs(cloud)
+
+
 @pytest.mark.parametrize("code", [1, 2, 99])
 def test_a_failure_keeps_the_tpu_and_says_how_to_delete_it(cloud, code):
   cloud.file("runs", f"{code}\n")
@@ -280,7 +287,7 @@ while true; do sleep 0.02; done
 @pytest.fixture
 def worker(machine):
   (machine.root / "bin" / "sleep").unlink()
-  machine.env.update(ZEDA=str(machine.tool("zeda", ZEDA)), ZEDA_POLL="0.1", HOSTNAME="t1v-n-0123-w-3")
+  machine.env.update(ZEDA=str(machine.tool("zeda", ZEDA)), ZEDA_POLL="0.2", HOSTNAME="t1v-n-0123-w-3")
   return machine
 
 
