@@ -25,7 +25,7 @@ help: ## this list
 demo: $(VENV)/.installed ## adapt the embedded tiny teacher and print the table (minutes on a laptop)
 	$(BIN)/zeda demo $(DEMO_FLAGS)
 
-test: lint $(VENV)/.installed-libtpu ## ruff, mypy and the tests
+test: lint $(VENV)/.installed-libtpu ## ruff, mypy, shellcheck and the tests
 	$(BIN)/python -m pytest --numprocesses=$(PYTEST_PROCESSES) --dist=loadfile $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-dev ## the tests marked slow: minutes of work or gigabytes of disk
@@ -34,10 +34,11 @@ test-slow: $(VENV)/.installed-dev ## the tests marked slow: minutes of work or g
 test-tpu-aot: $(VENV)/.installed-dev $(VENV)/.installed-libtpu ## compile for TPUs on this machine, which needs none
 	$(BIN)/python -m pytest -m tpu_aot $(PYTEST_FLAGS)
 
-lint: $(VENV)/.installed-dev ## ruff and mypy alone
+lint: $(VENV)/.installed-dev ## ruff, mypy and shellcheck alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources launch/*.sh launch/slurm.sbatch
 
 format: $(VENV)/.installed-dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
