@@ -1,4 +1,4 @@
-"""--config=FILE.py and --config.a.b=value, with errors that name the near match; flags of a run of several processes."""
+"""--config=FILE.py and --config.a.b=value, with errors that name the near match, and flags of several processes."""
 
 import difflib
 import pathlib
@@ -11,7 +11,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from zeda_jax.errors import ZedaError
-
 
 _PROCESS_FLAGS = {"--coordinator": str, "--num-processes": int, "--process-id": int}
 

@@ -176,7 +176,7 @@ def _listen(place: Place, deadline: float) -> socket.socket:
     except OSError as error:
       if time.monotonic() > deadline:
         raise ZedaError(
-          f"process 0 cannot listen on port {port} of this host ({error.strerror}): choose another port for "
+          f"process 0 cannot listen on port {port} of this host ({os.strerror(error.errno or 0)}): choose another port for "
           "--coordinator, or end what uses it."
         ) from None
       time.sleep(0.2)
