@@ -123,10 +123,11 @@ def test_slurm_tells_the_place(monkeypatch):
 
 
 def test_open_mpi_tells_the_place(monkeypatch):
-  variables = in_cluster(monkeypatch, OPEN_MPI)
+  variables = dict(in_cluster(monkeypatch, OPEN_MPI))
   assert find_place(environment=variables) == Place("10.96.0.1:62624", 2, 1, [1])
-  monkeypatch.delenv("OMPI_MCA_orte_hnp_uri")  # version 5
-  assert find_place("a:1", environment=variables) == Place("a:1", 2, 1)
+  variables.pop("OMPI_MCA_orte_hnp_uri")  # version 5
+  assert find_place("a:1", environment=variables) == Place("a:1", 2, 1, [1])
+  assert find_place("a:1", environment=variables | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}) == Place("a:1", 2, 1)
   with pytest.raises(ZedaError, match="one of several processes of Open MPI, which does not tell --coordinator: give"):
     find_place(environment=variables)
   assert find_place(environment={"OMPI_COMM_WORLD_SIZE": "1"}) is None

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -144,36 +144,41 @@ def _detect(
   cluster: str, given: Mapping[str, Any], timeout: float, environment: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[int] | None]:
   """Fills in what is not given, from what the cluster tells its processes."""
-  try:
-    # JAX offers this only as a part of jax.distributed.initialize, which reaches out at once.
-    from jax._src.clusters import ClusterEnv
-
-    *found, local_ids = ClusterEnv.auto_detect_unset_distributed_params(
-      given["coordinator"],
-      given["num_processes"],
-      given["process_id"],
-      None,
-      None,
-      int(timeout),
-    )
-  except Exception as error:
-    reason = " ".join(str(error).split())[:300]
-    raise ZedaError(
-      f"This is one of several processes of {cluster}, but the others cannot be found ({type(error).__name__}: "
-      f"{reason}): {_TOGETHER}."
-    ) from error
-  if cluster == "Open MPI":  # from version 5 on JAX does not see it
-    found[1] = found[1] or int(environment["OMPI_COMM_WORLD_SIZE"])
-    found[2] = int(environment["OMPI_COMM_WORLD_RANK"]) if found[2] is None else found[2]
-  found_all = dict(zip(_NAMES, found, strict=True))
-  missing = [_NAMES[name][0] for name, value in found_all.items() if value is None]
+  if cluster == "Open MPI" and "OMPI_MCA_orte_hnp_uri" not in environment:
+    # From version 5 on it tells no address, and JAX needs mpi4py to ask for one.
+    ranks = {
+      "num_processes": int(environment["OMPI_COMM_WORLD_SIZE"]),
+      "process_id": int(environment.get("OMPI_COMM_WORLD_RANK", "0")),
+    }
+    found = {name: ranks.get(name) if value is None else value for name, value in given.items()}
+    local_ids = [int(environment.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))]
+  else:
+    found, local_ids = _ask_jax(cluster, given, timeout)
+  missing = [_NAMES[name][0] for name, value in found.items() if value is None]
   if missing:
     raise ZedaError(
       f"This is one of several processes of {cluster}, which does not tell {' and '.join(missing)}: {_TOGETHER}."
     )
   # JAX gives every process of Slurm and Open MPI a single device; alone on its host it may have all.
   shared = local_ids is not None and not _alone_on_host(cluster, environment)
-  return found_all, list(local_ids) if shared and local_ids else None
+  return found, list(local_ids) if shared and local_ids else None
+
+
+def _ask_jax(cluster: str, given: Mapping[str, Any], timeout: float) -> tuple[dict[str, Any], Sequence[int] | None]:
+  try:
+    # JAX offers this only as a part of jax.distributed.initialize, which reaches out at once.
+    from jax._src.clusters import ClusterEnv
+
+    *found, local_ids = ClusterEnv.auto_detect_unset_distributed_params(
+      given["coordinator"], given["num_processes"], given["process_id"], None, None, int(timeout)
+    )
+  except Exception as error:
+    reason = " ".join(str(error).split()).rstrip(".")[:300]
+    raise ZedaError(
+      f"This is one of several processes of {cluster}, but the others cannot be found ({type(error).__name__}: "
+      f"{reason}): {_TOGETHER}."
+    ) from error
+  return dict(zip(_NAMES, found, strict=True)), local_ids
 
 
 def _alone_on_host(cluster: str, environment: Mapping[str, str]) -> bool:

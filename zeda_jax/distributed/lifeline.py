@@ -175,9 +175,10 @@ def _listen(place: Place, deadline: float) -> socket.socket:
       return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as error:
       if time.monotonic() > deadline:
+        reason = os.strerror(error.errno or 0)
         raise ZedaError(
-          f"process 0 cannot listen on port {port} of this host ({os.strerror(error.errno or 0)}): choose another port for "
-          "--coordinator, or end what uses it."
+          f"process 0 cannot listen on port {port} of this host ({reason}): choose another port for --coordinator, or "
+          "end what uses it."
         ) from None
       time.sleep(0.2)
 
