@@ -89,7 +89,8 @@ def train(flags):
       prepare=lambda numbers: distributed.rows_on_mesh(global_batch(numbers), sharding),
       make_batch=(lambda state, numbers, step: numbers) if flags.make_batch else None,
     )
-  print("all done", flush=True)
+  assert distributed.any_process(me == count - 1) and not distributed.any_process(False)
+  assert distributed.same_for_all(np.int32(me)) == 0
 
 
 def slow_saves(process, seconds):

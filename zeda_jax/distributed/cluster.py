@@ -1,7 +1,6 @@
 """Which processes make up a run: from flags, the environment, or what a cluster tells its processes."""
 
 import importlib.util
-import json
 import os
 import re
 import urllib.request
@@ -151,7 +150,7 @@ def _detect(
       "process_id": int(environment.get("OMPI_COMM_WORLD_RANK", "0")),
     }
     found = {name: ranks.get(name) if value is None else value for name, value in given.items()}
-    local_ids = [int(environment.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))]
+    local_ids: Sequence[int] | None = [int(environment.get("OMPI_COMM_WORLD_LOCAL_RANK", "0"))]
   else:
     found, local_ids = _ask_jax(cluster, given, timeout)
   missing = [_NAMES[name][0] for name, value in found.items() if value is None]
@@ -187,8 +186,3 @@ def _alone_on_host(cluster: str, environment: Mapping[str, str]) -> bool:
     bound = environment.get("SLURM_GPUS_PER_TASK")  # then a process sees only its own
     return bool(bound) or nodes == (environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS"))
   return environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
-
-
-def to_line(message: Mapping[str, object]) -> bytes:
-  """One line of what the processes tell each other."""
-  return json.dumps(message).encode() + b"\n"

@@ -18,7 +18,7 @@ import threading
 import time
 from typing import Any
 
-from zeda_jax.distributed.cluster import Place, to_line
+from zeda_jax.distributed.cluster import Place
 from zeda_jax.errors import ZedaError
 
 DIED = 75  # EX_TEMPFAIL: nothing is wrong with what was asked for, try again
@@ -71,7 +71,7 @@ class Lifeline:
   def _tell(self, message: dict[str, Any]) -> None:
     for peer in list(self._peers.values()):
       with contextlib.suppress(OSError):
-        peer.connection.sendall(to_line(message))
+        peer.connection.sendall(_line(message))
 
   def _watch(self) -> None:
     with selectors.DefaultSelector() as selector:
@@ -161,7 +161,7 @@ def _gather(place: Place, timeout: float, deadline: float) -> dict[int, _Peer]:
         _take_in(place, listener.accept()[0], peers)
   for peer in peers.values():
     with contextlib.suppress(OSError):  # the Lifeline will see it
-      peer.connection.sendall(to_line({"welcome": True}))
+      peer.connection.sendall(_line({"welcome": True}))
   return peers
 
 
@@ -210,7 +210,7 @@ def _take_in(place: Place, connection: socket.socket, peers: dict[int, _Peer]) -
 def _refuse(peers: dict[int, _Peer], reason: str) -> ZedaError:
   for peer in peers.values():
     with contextlib.suppress(OSError):
-      peer.connection.sendall(to_line({"refused": reason}))
+      peer.connection.sendall(_line({"refused": reason}))
       peer.connection.close()
   return ZedaError(reason)
 
@@ -240,7 +240,7 @@ def _join(place: Place, timeout: float, deadline: float) -> dict[int, _Peer]:
       time.sleep(min(0.2, left))
       continue
     with contextlib.suppress(OSError):
-      connection.sendall(to_line(hello))
+      connection.sendall(_line(hello))
     _keep_alive(connection)
     answer = _hear(connection, max(0.01, deadline + 1 - time.monotonic()))
     if answer and "welcome" in answer:
@@ -254,6 +254,10 @@ def _join(place: Place, timeout: float, deadline: float) -> dict[int, _Peer]:
     f"process {place.process_id} of {place.num_processes} cannot reach process 0 at {place.coordinator} within "
     f"{timeout:g} s ({reason}): check that it runs, and that this host ({socket.gethostname()}) can reach that port."
   )
+
+
+def _line(message: dict[str, Any]) -> bytes:
+  return json.dumps(message).encode() + b"\n"
 
 
 def _hear(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
