@@ -39,11 +39,12 @@ def assert_same_training(found, expected):
 
 
 def finish(directory, **where):
-  """Runs the training to its end; gives the step that it went on from."""
+  """Runs the training to its end; gives the step that it went on from, 0 if nothing was saved."""
   with worker(directory, **where) as group:
     results = group.wait(170)
   assert [result.status for result in results] == [0] * len(results), "\n".join(r.output for r in results)
-  return int(re.search(r"starts after step (\d+)", results[0].output)[1])
+  found = re.search(r"starts after step (\d+|None)", results[0].output)[1]
+  return 0 if found == "None" else int(found)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,8 @@ def run_and_kill(directory, victim, moment, *options, pause=0.3, wait=25):
 
 
 def test_two_processes_train_as_one_and_survive_a_kill(tmp_path, expected):
-  run_and_kill(tmp_path, 1, "made step 4")
-  # The save of step 2 is whole; that of step 4 may be.
+  run_and_kill(tmp_path, 1, "made step 5")
+  # Steps 2 and 4 have been saved, but the second of them in the background, perhaps not to its end.
   assert finish(tmp_path, devices=2, mesh="1x2") in (2, 4)
   assert_same_training(rows(tmp_path), expected)
   assert checkpoints(tmp_path)[-1] == str(STEPS)
@@ -109,8 +110,8 @@ def test_losses_do_not_depend_on_processes_and_devices(tmp_path, expected, where
 
 @pytest.mark.slow
 def test_killed_coordinator_stops_the_other(tmp_path, expected):
-  run_and_kill(tmp_path, 0, "made step 3")
-  assert finish(tmp_path, processes=2, devices=1, mesh="1x2") == 2
+  run_and_kill(tmp_path, 0, "made step 5")
+  assert finish(tmp_path, processes=2, devices=1, mesh="1x2") in (2, 4)
   assert_same_training(rows(tmp_path), expected)
 
 

@@ -104,7 +104,9 @@ class Lifeline:
     return True
 
   def _stop(self, news: dict[str, Any]) -> None:
-    """Passes the news on and ends this process."""
+    """Passes the news on and ends this process; one that failed itself hears so, too, and needs no second sentence."""
+    if news["stopped"] == self._place.process_id:
+      return
     if self._place.process_id == 0:
       self._tell(news)
     _print_and_exit(self._place, news)
