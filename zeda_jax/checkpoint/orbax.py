@@ -5,14 +5,16 @@ import json
 import os
 import pathlib
 import shutil
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
-import grain.checkpoint as grain_checkpoint
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from zeda_jax.checkpoint.directory import list_side_files, new_directory
 from zeda_jax.checkpoint.params import ShardingRule
@@ -34,9 +36,12 @@ class Restored(NamedTuple):
 class CheckpointStore:
   """Training checkpoints under one directory, `{directory}/{step}`, written in the background.
 
-  A checkpoint holds the train state (any pytree of arrays, PRNG keys included), the position of the data iterator
-  (one file per process) and a small JSON of metadata. It is built under a temporary name and renamed when complete,
-  so a process killed while saving leaves nothing that counts as a checkpoint; such remains are removed on start.
+  A checkpoint holds the train state (any pytree of arrays, PRNG keys included), the position of the data iterator and
+  a small JSON of metadata. It is built under a temporary name and renamed when every process has written its part, so
+  processes killed while saving leave nothing that counts as a checkpoint; such remains are removed on start.
+
+  With several processes all call the same methods at the same points, with the same data position. What they save is
+  restored by any number of processes onto any mesh.
 
   Args:
     directory: where the checkpoints go; created if needed.
@@ -61,7 +66,7 @@ class CheckpointStore:
       ),
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),
-        "data": grain_checkpoint.CheckpointHandler(),
+        "data": ocp.JsonCheckpointHandler(),
         "metadata": ocp.JsonCheckpointHandler(),
       },
     )
@@ -79,17 +84,20 @@ class CheckpointStore:
     Args:
       step: number of finished steps, larger than every saved one.
       state: pytree of arrays; may be donated or changed as soon as this returns.
-      data_state: JSON-able or bytes, as a grain iterator's `get_state()` gives it.
+      data_state: JSON-able or bytes, as a grain iterator's `get_state()` gives it; the same in all processes.
       metadata: small and JSON-able; comes back on restore.
 
     Raises:
-      ZedaError: writing this checkpoint, or the one before it in the background, failed.
+      ZedaError: writing this checkpoint, or the one before it in the background, failed; or the processes do not
+        stand at the same place of the data.
     """
     if step == self.latest_step():
       return
+    position = _encode(data_state)
+    _check_same_position(position)
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(_flatten(state)),
-      data=grain_checkpoint.CheckpointSave(_Position(_encode(data_state))),
+      data=ocp.args.JsonSave(position),
       metadata=ocp.args.JsonSave(dict(metadata or {})),
     )
     self.wait()  # so that a failure is told with the right step; orbax would wait here, too
@@ -115,25 +123,23 @@ class CheckpointStore:
     if step is None:
       raise ZedaError(f"{self.directory} has no complete checkpoint to restore.")
     abstract = {name: _abstract(leaf) for name, leaf in _flatten(abstract_state).items()}
-    position = _Position(b"")
     try:
       saved = self._manager.item_metadata(step)["state"].tree
     except Exception as error:
       raise self._cannot("read", step, error) from error
     _check_same_arrays(abstract, saved, f"{self.step_directory(step)} does not fit this run", _OTHER_RUN)
-    self._check_process_count(step)
-    items = ocp.args.Composite(
-      state=ocp.args.StandardRestore(abstract),
-      data=grain_checkpoint.CheckpointRestore(position),
-      metadata=ocp.args.JsonRestore(),
-    )
+    items = {"state": ocp.args.StandardRestore(abstract), "metadata": ocp.args.JsonRestore()}
+    position = self._position_of_each_process(step)
+    if position is None:
+      items["data"] = ocp.args.JsonRestore()
     try:
-      found = self._manager.restore(step, args=items)
+      found = self._manager.restore(step, args=ocp.args.Composite(**items))
+      position = found["data"] if position is None else position
     except Exception as error:
       raise self._cannot("read", step, error) from error
     treedef = jax.tree.structure(abstract_state)
     state = jax.tree.unflatten(treedef, [found["state"][name] for name in abstract])
-    return Restored(step, state, _decode(position.value), dict(found["metadata"] or {}))
+    return Restored(step, state, _decode(position), dict(found["metadata"] or {}))
 
   def wait(self) -> None:
     """Blocks until the checkpoint being written is complete; raises ZedaError if it could not be written."""
@@ -141,10 +147,6 @@ class CheckpointStore:
       self._manager.wait_until_finished()
     except Exception as error:
       raise self._cannot("write", self._writing, error) from error
-
-  def reached_preemption(self, step: int) -> bool:
-    """Whether the cluster announced a preemption; the same answer in every process of a multi-process run."""
-    return self._manager.reached_preemption(step)
 
   def close(self) -> None:
     try:
@@ -158,15 +160,20 @@ class CheckpointStore:
   def __exit__(self, *exc: object) -> None:
     self.close()
 
-  def _check_process_count(self, step: int) -> None:
-    folder = pathlib.Path(self.step_directory(step)) / "data"
-    name = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
-    if "://" not in self.directory and not (folder / name).exists():
-      counts = sorted({file.stem.split("-of-")[-1] for file in folder.glob("process_*-of-*.json")})
+  def _position_of_each_process(self, step: int) -> dict[str, Any] | None:
+    """The data position of a checkpoint in which every process had a file of its own; None in today's form.
+
+    Raises:
+      ZedaError: the positions differ, so that they mean nothing to another number of processes.
+    """
+    folder = epath.Path(self.step_directory(step)) / "data"
+    found = [json.loads(file.read_text()) for file in sorted(folder.glob("process_*-of-*.json"))]
+    if any(position != found[0] for position in found):
       raise ZedaError(
-        f"{folder} holds the data position of a run with {' or '.join(counts) or 'no'} processes, this one has "
-        f"{jax.process_count()}: resume with the same number of processes."
+        f"{folder} holds different data positions of {len(found)} processes, which this version cannot go on from: "
+        "delete that checkpoint to go on from the one before it, or start again in another directory."
       )
+    return found[0] if found else None
 
   def _cannot(self, verb: str, step: int | None, error: Exception) -> ZedaError:
     if isinstance(error, ZedaError):
@@ -248,32 +255,26 @@ def load_params(path: str | os.PathLike[str], sharding: ShardingRule | None = No
   return nnx.merge(graphdef, state)
 
 
-class _Position:
-  """Lets grain's handler (one file per process, inside the atomic checkpoint) carry any encoded iterator state."""
-
-  def __init__(self, value: bytes):
-    self.value = value
-
-  def get_state(self) -> bytes:
-    return self.value
-
-  def set_state(self, value: bytes) -> None:
-    self.value = value
-
-  def start_prefetch(self) -> None:
-    pass
-
-
-def _encode(data_state: Any) -> bytes:
+def _encode(data_state: Any) -> dict[str, Any]:
   # grain's Dataset iterators give dicts, its DataLoader iterators bytes.
   if isinstance(data_state, bytes):
-    return json.dumps({"base64": base64.b64encode(data_state).decode()}).encode()
-  return json.dumps({"json": data_state}).encode()
+    return {"base64": base64.b64encode(data_state).decode()}
+  return {"json": data_state}
 
 
-def _decode(value: bytes) -> Any:
-  found = json.loads(value)
-  return base64.b64decode(found["base64"]) if "base64" in found else found["json"]
+def _decode(position: Mapping[str, Any]) -> Any:
+  return base64.b64decode(position["base64"]) if "base64" in position else position["json"]
+
+
+def _check_same_position(position: Mapping[str, Any]) -> None:
+  """Raises a ZedaError unless all processes have the same one, for one is saved for all."""
+  if jax.process_count() > 1:
+    checksum = zlib.crc32(json.dumps(position, sort_keys=True).encode())
+    if len(set(multihost_utils.process_allgather(np.uint32(checksum)).tolist())) > 1:
+      raise ZedaError(
+        "the processes stand at different places of the data, so that nothing was saved: every process needs an "
+        "iterator whose position is that of the whole run, as data.pipeline makes them."
+      )
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

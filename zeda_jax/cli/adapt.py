@@ -1,6 +1,6 @@
 """`zeda adapt` and its single stages."""
 
-from zeda_jax.cli.config_flags import parse_config
+from zeda_jax.cli.config_flags import parse_config, take_process_flags
 
 _HELP = """zeda {command}: {what}
 
@@ -23,6 +23,12 @@ usage: zeda {command} --config=configs/tiny.py --config.teacher=DIR --config.pro
     --config.export.plain=True           also student-plain/, for engines without zero experts
 
 zeda_jax/distill/recipe.py lists every setting. SIGTERM and Ctrl-C save and exit 0.
+
+Several processes as one run: start this command once for each. Cloud TPU and GKE, srun and Open MPI
+say how many there are and where; elsewhere give all of these (or JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES, JAX_PROCESS_ID). If one dies or fails, all stop; status 75: try again.
+  --coordinator=HOST:PORT  of process 0, a port that is free there
+  --num-processes=N --process-id=I
 """
 
 
@@ -32,13 +38,21 @@ def run(command: str, args: list[str]) -> int:
 
     print(_HELP.format(command=command, what=COMMANDS[command][1]))
     return 0
+  processes, args = take_process_flags(args)
   config = parse_config(command, args)
   # Imported late: `--help` and a wrong flag should not wait for JAX.
+  from zeda_jax import distributed
+
+  distributed.initialize(**processes)
+  import rich.console
+
   from zeda_jax.distill.adapt import adapt
   from zeda_jax.distill.trainer import StoppedEarly
 
+  primary = distributed.is_primary()
   try:
-    adapt(config, until="evaluate" if command == "adapt" else command)
+    adapt(config, rich.console.Console(quiet=not primary), until="evaluate" if command == "adapt" else command)
   except StoppedEarly as stopped:
-    print(f"zeda {command}: {stopped}")
+    if primary:
+      print(f"zeda {command}: {stopped}")
   return 0

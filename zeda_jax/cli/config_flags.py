@@ -1,4 +1,4 @@
-"""--config=FILE.py and --config.a.b=value, with errors that name the near match."""
+"""--config=FILE.py and --config.a.b=value, with errors that name the near match, and flags of several processes."""
 
 import difflib
 import pathlib
@@ -11,6 +11,34 @@ from absl import flags
 from ml_collections import config_flags
 
 from zeda_jax.errors import ZedaError
+
+_PROCESS_FLAGS = {"--coordinator": str, "--num-processes": int, "--process-id": int}
+
+
+def take_process_flags(args: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+  """Splits the arguments into those of `distributed.initialize` and all others.
+
+  Raises:
+    ZedaError: a number is none, or a value is missing.
+  """
+  taken: dict[str, Any] = {}
+  rest: list[str] = []
+  waiting = iter(args)
+  for arg in waiting:
+    flag, equals, value = arg.partition("=")
+    if flag not in _PROCESS_FLAGS:
+      rest.append(arg)
+      continue
+    value = value if equals else next(waiting, "")
+    kind = _PROCESS_FLAGS[flag]
+    try:
+      if not value:
+        raise ValueError
+      taken[flag.removeprefix("--").replace("-", "_")] = kind(value)
+    except ValueError:
+      expected = "HOST:PORT of process 0" if kind is str else "a whole number"
+      raise ZedaError(f"{flag} is {value!r}; expected {expected}.") from None
+  return taken, rest
 
 
 def parse_config(command: str, args: Sequence[str]) -> ml_collections.ConfigDict:

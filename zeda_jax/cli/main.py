@@ -3,8 +3,12 @@
 import importlib
 import os
 import sys
+import traceback
+from typing import Any
 
 from zeda_jax.errors import ZedaError
+
+_NEWS_SECONDS = 15.0  # within which it is known whether another process or its host is gone
 
 # command -> (module, what it does)
 COMMANDS = {
@@ -46,20 +50,50 @@ def main(argv: list[str] | None = None) -> int:
     return 2
   module = importlib.import_module(f"zeda_jax.cli.{COMMANDS[args[0]][0]}")
   try:
-    return module.run(args[0], args[1:])
+    status, message = module.run(args[0], args[1:]), ""
   except ZedaError as error:
-    print(f"zeda {args[0]}: {error}", file=sys.stderr)
-    return 2
+    status, message = 2, str(error)
   except BrokenPipeError:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - nobody reads; the interpreter flushes it at exit
-    return 0
+    status, message = 0, ""
   except KeyboardInterrupt:
-    print(f"zeda {args[0]}: interrupted; run the same command again to go on from what is saved.", file=sys.stderr)
-    return 130
+    status, message = 130, "interrupted; run the same command again to go on from what is saved."
   except OSError as error:
     place = f"{error.filename}: " if error.filename else ""
-    print(f"zeda {args[0]}: {place}{error.strerror or error}.", file=sys.stderr)
-    return 2
+    status, message = 2, f"{place}{error.strerror or error}."
+  except Exception as error:
+    if not _prefix():
+      raise
+    # Most likely a collective failed since another process has died; that says more than the traceback.
+    _wait_for_news(_NEWS_SECONDS)
+    traceback.print_exc()
+    status, message = 1, f"{type(error).__name__}: {error}"
+  if message:
+    _wait_for_news(1.0)
+    print(f"zeda {args[0]}: {_prefix()}{message}", file=sys.stderr)
+  return _leave(status, message)
+
+
+# A run of one process never imports the module, and `--help` not even JAX.
+
+
+def _distributed() -> Any:
+  return sys.modules.get("zeda_jax.distributed")
+
+
+def _prefix() -> str:
+  return _distributed().describe_process() if _distributed() else ""
+
+
+def _wait_for_news(seconds: float) -> None:
+  if _distributed():
+    _distributed().wait_for_news(seconds)
+
+
+def _leave(status: int, message: str) -> int:
+  if _distributed():
+    _distributed().leave(status, message)
+  return status
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 
 from zeda_jax.checkpoint.orbax import CheckpointStore
 from zeda_jax.distill.metrics import MetricWriter
+from zeda_jax.distributed import Vote
 from zeda_jax.errors import ZedaError
 
 State = TypeVar("State")
@@ -41,9 +42,10 @@ class StoppedEarly(Exception):
 class StopSignal:
   """Context in which SIGTERM and the first SIGINT (Ctrl-C) only set `requested`; a second Ctrl-C interrupts.
 
-  In a multi-process run both are left alone: jax.distributed catches SIGTERM and makes all processes agree on the
-  step to stop at (`CheckpointStore.reached_preemption`). Outside the main thread nothing is changed either.
-  Contexts nest: a request reaches the outer ones too, for the inner one may be about to end anyway.
+  Any number of SIGTERM changes nothing more, so that it cannot break a save. With several processes each sees only its
+  own signals: ask `distributed.any_process(stop.requested)`, so that all stop at the same place. Outside the main
+  thread nothing is changed. Contexts nest: a request reaches the outer ones too, for the inner one may be about to end
+  anyway.
   """
 
   def __init__(self) -> None:
@@ -51,7 +53,7 @@ class StopSignal:
     self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> Self:
-    if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+    if threading.current_thread() is threading.main_thread():
       self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
       self.requested = any(outer.requested for outer in map(self._outer, self._previous) if outer)
     return self
@@ -116,7 +118,7 @@ def run_training(
     The state after `num_steps` steps, which is also saved.
 
   Raises:
-    StoppedEarly: SIGTERM, Ctrl-C or a preemption; everything is saved.
+    StoppedEarly: SIGTERM (a preemption) or Ctrl-C in any of the processes; everything is saved, by all at one step.
     ZedaError: NaN or Inf appeared, or the checkpoint does not fit this run.
   """
   step = store.latest_step() or 0
@@ -130,9 +132,10 @@ def run_training(
     state = restored.state
     batches.set_state(restored.data_state)
   log = _Log(store, writer, step, num_steps, log_every, abort_on_nonfinite, label)
+  vote = Vote()
   writer.start(step, num_steps)
-  try:
-    with StopSignal() as stop:
+  with StopSignal() as stop:
+    try:
       while step < num_steps:
         raw = next(batches, None)
         if raw is None:
@@ -146,7 +149,9 @@ def run_training(
         state, metrics = step_fn(state, batch)
         step += 1
         log.add(step, metrics)
-        stopping = step < num_steps and (stop.requested or (jax.process_count() > 1 and store.reached_preemption(step)))
+        # With several processes the answer is a step old, so that the devices need not wait; but before a batch is
+        # made, which takes long, they do so anyway.
+        stopping = vote(stop.requested, wait=make_batch is not None) and step < num_steps
         if step % save_every == 0 or step == num_steps or stopping:
           log.flush()
           if abort_on_nonfinite:
@@ -159,10 +164,10 @@ def run_training(
             "command again to go on.",
             step,
           )
-  finally:
-    log.close()
-    writer.close()
-    store.wait()  # also when interrupted: a checkpoint being written is finished
+    finally:
+      log.close()
+      writer.close()
+      store.wait()  # also when interrupted: a checkpoint being written is finished
   return state
 
 
