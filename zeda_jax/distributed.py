@@ -3,6 +3,7 @@
 In one process every function here does the plain thing at once, so the code that calls them need not ask.
 """
 
+import contextlib
 from typing import Any
 
 import jax
@@ -29,6 +30,16 @@ def same_for_all(tree: Any) -> Any:
   return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
 
 
+def any_process(flag: bool) -> bool:
+  """Whether the flag is set in any process; all must ask, and all get the same answer."""
+  return bool(multihost_utils.process_allgather(np.int32(flag)).max()) if jax.process_count() > 1 else flag
+
+
+def on_mesh(sharding: Sharding | None) -> contextlib.AbstractContextManager[Any]:
+  """Context in which programs for a sharded model are traced and run: some kernels ask what the mesh is."""
+  return contextlib.nullcontext() if sharding is None else jax.set_mesh(sharding.mesh)
+
+
 def to_host(tree: Any) -> Any:
   """The whole arrays as numpy on every process, however they are sharded; for small ones."""
 
@@ -44,3 +55,14 @@ def rows_on_mesh(tree: Any, sharding: Sharding) -> Any:
   """A batch over all devices, from the rows that each process has: those of process 0 come first."""
   rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.rules.tokens))
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), tree)
+
+
+def spread_rows(tree: Any, sharding: Sharding) -> Any:
+  """A batch over all devices, from all its rows, which every process has; each places those of its own devices."""
+  rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.rules.tokens))
+
+  def place(x: Any) -> jax.Array:
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, rows, lambda index: x[index])
+
+  return jax.tree.map(place, tree)

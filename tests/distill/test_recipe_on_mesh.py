@@ -1,0 +1,99 @@
+"""`zeda adapt` on meshes and in several processes gives what one device gives."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.processes import run_everywhere
+from tests.recipe_files import settings, tensors, write_prompts, write_teacher
+
+THIS = "tests.distill.test_recipe_on_mesh"
+# Batches that no mesh divides; parts; training and sampling at once; a row that ends an epoch's last batch empty.
+SETTINGS = {
+  "rollout.batch_size": 20,
+  "rollout.shard_size": 24,
+  "sft.batch_size": 6,
+  "sft.accumulate": 2,
+  "sft.row_length": 48,
+  "opd.steps": 3,
+  "opd.prompts_per_step": 3,
+  "opd.samples_per_prompt": 2,
+  "opd.accumulate": 2,
+  "evaluate.num_prompts": 11,
+  "evaluate.batch_size": 20,
+  # With the usual eps, Adam turns the rounding of a gradient near 0 into an update as large as any.
+  "sft.optimizer.eps": 1e-3,
+  "opd.optimizer.eps": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("files")
+  write_teacher(directory / "teacher", num_experts=8)
+  write_prompts(directory / "prompts.jsonl", 50)
+  return directory
+
+
+def adapt(files, workdir, changes):
+  import pathlib
+
+  from zeda_jax.distill.adapt import adapt as run
+
+  run(settings(pathlib.Path(files), pathlib.Path(workdir), SETTINGS | changes))
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole") / "w"
+  adapt(files, workdir, {})
+  return workdir
+
+
+def rows(workdir, stage):
+  return [json.loads(line) for line in (workdir / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(found, expected):
+  """Rollouts, metrics of each step, exported weights and the table's numbers; no file that is not in both."""
+  for file in sorted((expected / "rollouts").iterdir()):
+    answers = [list(map(json.loads, (d / "rollouts" / file.name).read_text().splitlines())) for d in (found, expected)]
+    for one, two in zip(*answers, strict=True):
+      np.testing.assert_allclose(one.pop("logprobs"), two.pop("logprobs"), rtol=1e-5, atol=1e-5)
+      assert one == two
+  for stage in ("sft", "opd"):
+    for one, two in zip(rows(found, stage), rows(expected, stage), strict=True):
+      for name, value in two.items():
+        if name not in ("step_seconds", "tokens_per_second"):
+          np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-6, err_msg=f"{stage} {two['step']} {name}")
+  weights, expected_weights = (tensors(d / "student") for d in (found, expected))
+  assert weights.keys() == expected_weights.keys()
+  for name, value in expected_weights.items():
+    np.testing.assert_allclose(weights[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+  for name in ("teacher", "injected", "sft", "student"):
+    one, two = (json.loads((d / "evaluate" / f"{name}.json").read_text()) for d in (found, expected))
+    for key in ("accuracy", "num_graded", "response_length"):
+      assert one[key] == two[key]
+    for key in ("skipped", "skipped_response"):
+      np.testing.assert_allclose(one[key], two[key], rtol=1e-5)
+    for key, value in two["distance"].items():
+      np.testing.assert_allclose(one["distance"][key], value, rtol=1e-4, atol=1e-7, err_msg=key)
+  answers = [(d / "evaluate" / "teacher-responses.json").read_text() for d in (found, expected)]
+  assert answers[0] == answers[1]
+  names = [sorted(path.name for path in directory.iterdir()) for directory in (found, expected)]
+  assert names[0] == names[1]
+
+
+def test_one_process_on_a_mesh(files, whole, tmp_path):
+  mesh = {"mesh.data": 2, "mesh.expert": 4}
+  (printed,) = run_everywhere(f"{THIS}:adapt", 1, 8, files, tmp_path / "w", mesh)
+  assert "mesh      data=2 x expert=4: 8 devices" in printed
+  assert_same_run(tmp_path / "w", whole)
+
+
+def test_two_processes(files, whole, tmp_path):
+  first, second = run_everywhere(f"{THIS}:adapt", 2, 2, files, tmp_path / "w", {"mesh.expert": 2})
+  assert "data=2 x expert=2: 4 devices (cpu), 2 processes" in first and "student (exported)" in first
+  assert "sft" not in second
+  assert_same_run(tmp_path / "w", whole)
