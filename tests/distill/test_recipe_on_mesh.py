@@ -15,7 +15,7 @@ SETTINGS = {
   "rollout.shard_size": 24,
   "sft.batch_size": 6,
   "sft.accumulate": 2,
-  "sft.row_length": 48,
+  "sft.row_length": 64,
   "opd.steps": 3,
   "opd.prompts_per_step": 3,
   "opd.samples_per_prompt": 2,
