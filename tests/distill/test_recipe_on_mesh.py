@@ -20,8 +20,7 @@ SETTINGS = {
   "opd.prompts_per_step": 3,
   "opd.samples_per_prompt": 2,
   "opd.accumulate": 2,
-  "evaluate.num_prompts": 11,
-  "evaluate.batch_size": 20,
+  "evaluate.num_prompts": 0,
   # With the usual eps, Adam turns the rounding of a gradient near 0 into an update as large as any.
   "sft.optimizer.eps": 1e-3,
   "opd.optimizer.eps": 1e-3,
@@ -44,10 +43,20 @@ def adapt(files, workdir, changes):
   run(settings(pathlib.Path(files), pathlib.Path(workdir), SETTINGS | changes))
 
 
+EVALUATED = {"evaluate.num_prompts": 11, "evaluate.batch_size": 20, "export.plain": True}
+
+
 @pytest.fixture(scope="module")
 def whole(files, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("whole") / "w"
   adapt(files, workdir, {})
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def evaluated(files, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("evaluated") / "w"
+  adapt(files, workdir, EVALUATED)
   return workdir
 
 
@@ -71,6 +80,11 @@ def assert_same_run(found, expected):
   assert weights.keys() == expected_weights.keys()
   for name, value in expected_weights.items():
     np.testing.assert_allclose(weights[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+  names = [sorted(path.name for path in directory.iterdir()) for directory in (found, expected)]
+  assert names[0] == names[1]
+
+
+def assert_same_table(found, expected):
   for name in ("teacher", "injected", "sft", "student"):
     one, two = (json.loads((d / "evaluate" / f"{name}.json").read_text()) for d in (found, expected))
     for key in ("accuracy", "num_graded", "response_length"):
@@ -81,19 +95,21 @@ def assert_same_run(found, expected):
       np.testing.assert_allclose(one["distance"][key], value, rtol=1e-4, atol=1e-7, err_msg=key)
   answers = [(d / "evaluate" / "teacher-responses.json").read_text() for d in (found, expected)]
   assert answers[0] == answers[1]
-  names = [sorted(path.name for path in directory.iterdir()) for directory in (found, expected)]
-  assert names[0] == names[1]
-
-
-def test_one_process_on_a_mesh(files, whole, tmp_path):
-  mesh = {"mesh.data": 2, "mesh.expert": 4}
-  (printed,) = run_everywhere(f"{THIS}:adapt", 1, 8, files, tmp_path / "w", mesh)
-  assert "mesh      data=2 x expert=4: 8 devices" in printed
-  assert_same_run(tmp_path / "w", whole)
 
 
 def test_two_processes(files, whole, tmp_path):
   first, second = run_everywhere(f"{THIS}:adapt", 2, 2, files, tmp_path / "w", {"mesh.expert": 2})
-  assert "data=2 x expert=2: 4 devices (cpu), 2 processes" in first and "student (exported)" in first
+  assert "data=2 x expert=2: 4 devices (cpu), 2 processes" in first and "exported to" in first
   assert "sft" not in second
   assert_same_run(tmp_path / "w", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, devices, expert", [(1, 8, 4), (2, 4, 2), (2, 1, 1), (3, 1, 1)])
+def test_meshes_and_processes(files, evaluated, tmp_path, processes, devices, expert):
+  changes = EVALUATED | {"mesh.expert": expert}
+  first, *others = run_everywhere(f"{THIS}:adapt", processes, devices, files, tmp_path / "w", changes)
+  assert f"expert={expert}: {processes * devices} devices (cpu)" in first and "student (exported)" in first
+  assert not [text for text in others if "student" in text]
+  assert_same_run(tmp_path / "w", evaluated)
+  assert_same_table(tmp_path / "w", evaluated)
