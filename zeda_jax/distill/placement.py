@@ -18,13 +18,17 @@ from zeda_jax.sharding import Sharding
 Rows = Mapping[str, Shaped[np.ndarray, "B *rest"]]
 
 
-def place_whole(batch: Rows, sharding: Sharding, parts: int) -> Any:
-  """A batch that every process has, over all devices."""
+def place_whole(batch: Rows, sharding: Sharding | None, parts: int) -> Any:
+  """A batch that every process has, over all devices; as it is where there is one device."""
+  if sharding is None:
+    return batch
   return spread_rows(_padded(batch, 0, _num_rows(batch), sharding.num_devices * parts), sharding)
 
 
-def place_local(batch: Rows, sharding: Sharding, parts: int) -> Any:
-  """A batch of which every process has equally many rows, those of process 0 first, over all devices."""
+def place_local(batch: Rows, sharding: Sharding | None, parts: int) -> Any:
+  """The same of a batch of which every process has equally many rows, those of process 0 first."""
+  if sharding is None:
+    return batch
   rows, processes = _num_rows(batch), jax.process_count()
   before = [process * rows % parts for process in range(processes)]  # row i stands at a place that is i modulo parts
   devices = sharding.num_devices // processes

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+import optax
 import rich.console
 
 from zeda_jax.agreement import from_primary, together
@@ -27,7 +28,7 @@ from zeda_jax.distill.trainer import Batches, run_training
 from zeda_jax.distributed import on_mesh
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import Decoder
-from zeda_jax.models.params import combine, merge_model, split_model, trainable_partition
+from zeda_jax.models.params import Params, combine, merge_model, split_model, trainable_partition
 from zeda_jax.rollout.generate import generate
 
 _ROW_MULTIPLE = 16  # on-policy rows are as long as the longest sequence may get, rounded up to this
@@ -75,7 +76,7 @@ class Stage:
     optimizer = optimizer_config(settings)
     step = make_train_step(graphdef, teacher_graphdef, objective, optimizer, num_steps, settings.accumulate)
     balance: dict[str, Any] = {name: np.float32(settings[name]) for name in ("weight", "coefficient")}
-    sharding, transform = self.teacher.config.sharding, make_optimizer(optimizer, num_steps)
+    sharding = self.teacher.config.sharding
     reference = Reference(frozen, teacher_params, balance)
 
     def student_of(state: TrainState) -> Decoder:
@@ -93,11 +94,7 @@ class Stage:
     store = CheckpointStore(self.directory / "checkpoints", keep=settings.keep)
     try:
       state = run_training(
-        state=(
-          init_state(trained, transform, self.seed, sharding)
-          if store.latest_step() is None
-          else abstract_state(trained, transform, sharding)
-        ),
+        state=self._first_state(store, trained, make_optimizer(optimizer, num_steps)),
         step_fn=on_devices,
         batches=batches,
         num_steps=num_steps,
@@ -106,15 +103,20 @@ class Stage:
         writer=MetricWriter(self.directory, self.name, self.console),
         log_every=settings.log_every,
         make_batch=on_policy if make_batch is not None else None,
-        prepare=(
-          functools.partial(place, sharding=sharding, parts=settings.accumulate) if sharding is not None else None
-        ),
+        prepare=functools.partial(place, sharding=sharding, parts=settings.accumulate),
         label=self.name,
       )
     finally:
       store.close()
     from_primary(lambda: write_json(self._finished_file, {"steps": num_steps}))
     return student_of(state)
+
+  def _first_state(self, store: CheckpointStore, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Where the training starts; of one that goes on only the shapes, for it is read from its checkpoint."""
+    sharding = self.teacher.config.sharding
+    if store.latest_step() is not None:
+      return abstract_state(params, optimizer, sharding)
+    return init_state(params, optimizer, self.seed, sharding)
 
   @property
   def _finished_file(self) -> pathlib.Path:
