@@ -1,6 +1,5 @@
 """Rows of a batch on a mesh: padding that nothing sees, parts that do not depend on the mesh, rows that stay."""
 
-import functools
 import pathlib
 
 import jax
@@ -46,33 +45,42 @@ def test_row_i_is_in_part_i_modulo_parts_whatever_the_processes(monkeypatch):
       assert ((found[found > 0] - 1) % parts == part).all()
 
 
-def test_empty_rows_change_nothing():
-  """Loss, gradients and metrics of a batch with empty rows before, between and behind are those without, parts or not.
+@pytest.mark.parametrize(
+  "loss, balance_tokens, parts",
+  [
+    ("sampled", "response", 2),
+    pytest.param("sampled", "response", 1, marks=pytest.mark.slow),
+    pytest.param("forward_kl", "all", 2, marks=pytest.mark.slow),
+    pytest.param("reverse_kl", "all", 4, marks=pytest.mark.slow),
+  ],
+)
+def test_empty_rows_change_nothing(loss, balance_tokens, parts):
+  """Loss, gradients and metrics of a batch with empty rows before and behind are those without.
 
-  Of the two parts one has more tokens, and the part of row 3 has rows of padding only.
+  Row 3 has padding only, so of four parts one is empty, and of two one has more tokens.
   """
   teacher = tiny_model(moe_layers=(True,))
   graphdef, params = split_model(inject(teacher, 3))
   batch = make_batch()
-  padded = placement._padded(batch, 2, 9, 4)  # 2 before, 6 behind
-  assert len(padded["tokens"]) == 12
-  for loss, balance_tokens in (("forward_kl", "all"), ("sampled", "response")):
-    objective = Objective(loss, "group", balance_tokens)
+  padded = placement._padded(batch, 4, 9, 4)  # 4 before, 4 behind
+  assert [int(row.sum() > 0) for row in padded["segment_ids"]] == [0] * 4 + [1, 1, 1, 0] + [0] * 4
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def run(batch, parts, objective=objective):
-      loss_fn = lambda p, _, part, tokens: batch_loss(
-        objective, merge_model(graphdef, p), teacher, part, BALANCE, tokens, parts
-      )
-      return _gradients(loss_fn, params, None, batch, parts)
+  @jax.jit
+  def run(batch):
+    def loss_fn(params, _, part, tokens):
+      student = merge_model(graphdef, params)
+      return batch_loss(Objective(loss, "group", balance_tokens), student, teacher, part, BALANCE, tokens, parts)
 
-    for parts in (1, 2):
-      (grads, metrics), (found, found_metrics) = run(batch, parts), run(padded, parts)
-      scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
-      jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * scale), found, grads)  # noqa: B023
-      assert metrics["loss_balance"] > 0 and found_metrics.keys() == metrics.keys()
-      for name, value in metrics.items():
-        np.testing.assert_allclose(found_metrics[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+    return _gradients(loss_fn, params, None, batch, parts)
+
+  (grads, metrics), (found, found_metrics) = run(batch), run(padded)
+  scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
+  assert scale > 1e-3
+  # Sums over more rows are rounded in another order.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * scale), found, grads)
+  assert metrics["loss_balance"] > 0 and found_metrics.keys() == metrics.keys()
+  for name, value in metrics.items():
+    np.testing.assert_allclose(found_metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 # --- eight devices, in a process of their own ---------------------------------------------------------------------
@@ -86,20 +94,29 @@ def directory(tmp_path_factory):
   return path
 
 
+SAMPLED, OTHERS = ((0.8, 5),), ((0.0, 0), (1.0, 0))  # temperature, top_k
+
+
 def test_eight_devices(directory):
-  run_everywhere(f"{THIS}:check_eight", 1, 8, directory)
+  run_everywhere(f"{THIS}:check_eight", 1, 8, directory, ["qwen3"], SAMPLED)
 
 
-def check_eight(directory):
+@pytest.mark.slow
+def test_eight_devices_with_both_families_and_every_way_of_sampling(directory):
+  run_everywhere(f"{THIS}:check_eight", 1, 8, directory, ["glm", "qwen3"], SAMPLED + OTHERS)
+
+
+def check_eight(directory, families, ways):
   sharding = Sharding(make_mesh(2, 4), rules=Rules(replicated_below=0))
   check_rows_stay(sharding)
-  for family in ("qwen3", "glm"):
+  for family in families:
     static = load_hf(pathlib.Path(directory) / family)
     placed = load_hf(pathlib.Path(directory) / family, sharding=sharding.parameter)
     placed = reconfigured(placed, sharding=sharding)
     check_state(inject(static), inject(placed), sharding)
-    check_generation(inject(static), inject(placed))
-  check_distance(static, placed)
+    check_generation(inject(static), inject(placed), ways)
+    if len(ways) > 1:
+      check_distance(static, placed)
 
 
 def check_rows_stay(sharding):
@@ -138,9 +155,9 @@ def check_state(static, placed, sharding):
   jax.tree.map(np.asarray, placed_params)  # the model's own arrays are not those of the state
 
 
-def check_generation(static, placed):
+def check_generation(static, placed, ways):
   prompts = [random_tokens((n,), seed=n).tolist() for n in (3, 9, 5, 12, 7)]
-  for temperature, top_k in ((0.0, 0), (1.0, 0), (0.8, 5)):
+  for temperature, top_k in ways:
     options = {"max_new_tokens": 6, "temperature": temperature, "top_k": top_k, "seed": 2**31 + 3, "eos_id": 7}
     expected = generate(static, prompts, batch_size=3, **options)
     before = generate_batch._cache_size()
