@@ -113,3 +113,14 @@ def test_meshes_and_processes(files, evaluated, tmp_path, processes, devices, ex
   assert not [text for text in others if "student" in text]
   assert_same_run(tmp_path / "w", evaluated)
   assert_same_table(tmp_path / "w", evaluated)
+
+
+@pytest.mark.slow
+def test_goes_on_where_one_device_stopped(files, evaluated, tmp_path):
+  """What one device sampled and trained is read onto a mesh; the stage after it is that of one device."""
+  from zeda_jax.distill.adapt import adapt as run
+
+  run(settings(files, tmp_path / "w", SETTINGS | EVALUATED), until="sft")
+  run_everywhere(f"{THIS}:adapt", 1, 4, files, tmp_path / "w", EVALUATED | {"mesh.expert": 2})
+  assert_same_run(tmp_path / "w", evaluated)
+  assert_same_table(tmp_path / "w", evaluated)
