@@ -9,16 +9,19 @@ The processes find each other through the environment that `zeda_jax.distributed
 """
 
 import dataclasses
+import importlib
+import json
 import os
 import pathlib
 import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -130,3 +133,26 @@ def start(
     }
     environments.append(environment(devices, {**(place if num_processes > 1 else {}), **(changes or {})}))
   return Group([list(command)] * num_processes, environments)
+
+
+def run_everywhere(function: str, num_processes: int, devices: int, *args: Any, seconds: float = 600) -> list[str]:
+  """Calls "module:function" with the arguments (as JSON) in every process of a run; returns what each printed."""
+  given = json.dumps([function, *(str(arg) if isinstance(arg, pathlib.Path) else arg for arg in args)])
+  with start([sys.executable, "-m", "tests.multiprocess", given], num_processes, devices) as group:
+    results = group.wait(seconds)
+  printed = [result.output for result in results]
+  assert not any(result.status for result in results), "\n\n".join(text[-4000:] for text in printed)
+  return printed
+
+
+def main() -> None:
+  from zeda_jax import distributed
+
+  distributed.initialize()
+  function, *args = json.loads(sys.argv[1])
+  module, name = function.split(":")
+  getattr(importlib.import_module(module), name)(*args)
+
+
+if __name__ == "__main__":
+  main()

@@ -11,7 +11,7 @@ import pytest
 
 from tests.multiprocess import REPOSITORY, start
 
-WORKER = [sys.executable, str(REPOSITORY / "tests" / "distributed_worker.py")]
+WORKER = [sys.executable, str(REPOSITORY / "tests" / "distributed" / "worker.py")]
 STEPS = 8
 DIED = 75
 

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from zeda_jax.checkpoint import directory, names
 from zeda_jax.checkpoint.names import HfTensor, Path, Piece
@@ -20,8 +19,11 @@ from zeda_jax.checkpoint.safetensors_io import (
   TensorSpec,
   dtype_code,
   open_weights,
+  write_order,
 )
 from zeda_jax.config import ModelConfig, from_hf, read_config, to_hf
+from zeda_jax.distributed import is_primary, to_host
+from zeda_jax.distributed.agreement import raise_together, together
 from zeda_jax.errors import ZedaError
 
 # (parameter path, shape) -> where the parameter lives.
@@ -175,23 +177,21 @@ def save_params(
     max_shard_bytes: largest size of one weights file.
 
   Raises:
-    ZedaError: the directory cannot be written; nothing of it is left then.
+    ZedaError: the directory cannot be written; nothing of it is left then. Raised in all processes.
   """
   raw = _config_json(config, format)
-  writes = jax.process_index() == 0
-  if writes:
-    directory.check_target(path, overwrite)
-  fetch = _LayerFetcher(params)
-  plan = _plan(config, params, fetch, plain=format == "plain")
-  if writes:
-    side_files = directory.list_side_files(config.source)
-    directory.write_model(path, plan, raw, side_files, overwrite, max_shard_bytes)
-  else:
-    for tensor in plan:  # takes part in gathering what is sharded over processes
+
+  def write() -> None:
+    plan = _plan(config, params, _LayerFetcher(params), plain=format == "plain")
+    if is_primary():
+      side_files = directory.list_side_files(config.source)
+      directory.write_model(path, plan, raw, side_files, overwrite, max_shard_bytes)
+      return
+    for tensor in write_order(plan, max_shard_bytes):  # takes part in gathering what is sharded over processes
       if callable(tensor.source):
         tensor.source()
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("zeda_jax.save_params")
+
+  together(write)
 
 
 def _config_json(config: ModelConfig, format: str) -> dict[str, Any]:
@@ -283,8 +283,8 @@ def _to_host(array: Any, layer: int | None) -> np.ndarray:
   if len(array.devices()) == 1 and next(iter(array.devices())).platform == "cpu":
     whole = np.asarray(array)  # a view, not a copy
     return whole if layer is None else whole[layer]
-  part = array if layer is None else _take_layer(array, layer)
-  return np.asarray(part if part.is_fully_addressable else multihost_utils.process_allgather(part, tiled=True))
+  raise_together()  # if the primary process could not write what it had; the others would gather without it
+  return to_host(array if layer is None else _take_layer(array, layer))
 
 
 @jax.jit

@@ -253,6 +253,12 @@ def split_shards(plan: Sequence[PlannedTensor], max_shard_bytes: int) -> list[li
   return shards
 
 
+def write_order(plan: Sequence[PlannedTensor], max_shard_bytes: int) -> Iterator[PlannedTensor]:
+  """The planned tensors in the order in which write_weights asks for them."""
+  for shard in split_shards(plan, max_shard_bytes):
+    yield from _ordered(shard)
+
+
 def write_weights(
   directory: pathlib.Path, plan: Sequence[PlannedTensor], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
@@ -292,9 +298,13 @@ def write_synced(file: pathlib.Path, text: str) -> None:
     os.fsync(stream.fileno())
 
 
+def _ordered(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
+  """Widest dtype first, which keeps every tensor aligned to its item size, as the format's own writer does."""
+  return sorted(tensors, key=lambda tensor: -DTYPES[tensor.spec.dtype].itemsize)
+
+
 def _write_file(file: pathlib.Path, tensors: Sequence[PlannedTensor]) -> None:
-  # Widest dtype first keeps every tensor aligned to its item size, as the format's own writer does.
-  ordered = sorted(tensors, key=lambda tensor: -DTYPES[tensor.spec.dtype].itemsize)
+  ordered = _ordered(tensors)
   with open(file, "xb", buffering=0) as stream:
     _write_all(stream.fileno(), _header_bytes(ordered))
     for tensor in _merged(ordered):

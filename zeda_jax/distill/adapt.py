@@ -9,7 +9,6 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator
 
-import jax
 import ml_collections
 import rich.console
 
@@ -18,7 +17,10 @@ from zeda_jax.checkpoint.transform import to_plain_directory
 from zeda_jax.distill import summary
 from zeda_jax.distill.job import Job, open_job
 from zeda_jax.distill.recipe import claim_workdir, evaluation_settings, write_json
+from zeda_jax.distill.shared_storage import check_same_inputs, check_shared
 from zeda_jax.distill.stages import run_opd, run_sft
+from zeda_jax.distributed import is_primary
+from zeda_jax.distributed.agreement import from_primary, together
 from zeda_jax.errors import ZedaError
 from zeda_jax.evaluate.runner import evaluate, teacher_distance
 from zeda_jax.models.decoder import Decoder
@@ -34,6 +36,9 @@ def adapt(
 ) -> pathlib.Path:
   """Runs the recipe up to and including the stage `until`; run again, it goes on where it was.
 
+  It runs on all devices that there are (see config.mesh). Where there are several processes (jax.distributed), all must
+  call this, with the same settings and a workdir that all of them see; the primary one writes and shows progress.
+
   Args:
     config: see `recipe.default_config`.
     console: where progress is shown.
@@ -48,9 +53,12 @@ def adapt(
   """
   if until not in STAGES:
     raise ZedaError(f"until is {until!r}; expected one of {', '.join(STAGES)}.")
-  job = open_job(config, console)
-  workdir = claim_workdir(config, job.contents)
-  summary.describe(job.console, config, job.model, len(job.train), len(job.held_out))
+  job = together(lambda: open_job(config, console))
+  check_same_inputs(config, job.contents)
+  from_primary(lambda: str(claim_workdir(config, job.contents)))
+  workdir = job.workdir
+  check_shared(workdir)
+  summary.describe(job.console, config, job.model, len(job.train), len(job.held_out), job.sharding)
   wanted = STAGES[: STAGES.index(until) + 1]
   with job.stop, _alone_in(workdir):
     if not _exported(job):
@@ -61,34 +69,43 @@ def adapt(
         if "export" in wanted:
           save_hf(student, workdir / "student")
           job.console.print(f"exported to {workdir / 'student'}", highlight=False, soft_wrap=True)
-    if "export" in wanted and config.export.plain and not (workdir / "student-plain" / "config.json").is_file():
+    if "export" in wanted and config.export.plain and not _is_file(workdir / "student-plain" / "config.json"):
       job.check_stop("before the plain-engine export")
-      to_plain_directory(workdir / "student", workdir / "student-plain")
+      from_primary(lambda: to_plain_directory(workdir / "student", workdir / "student-plain"))
     if "evaluate" in wanted:
       _evaluate_all(job)
   if "evaluate" in wanted:
-    summary.write(job.console, workdir, summary.LABELS)
+    from_primary(lambda: summary.write(job.console, workdir, summary.LABELS))
   return workdir
 
 
 @contextlib.contextmanager
 def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
-  """Holds a lock on the workdir, which ends with the process; the processes of one multi-process run share it."""
+  """Holds a lock on the workdir, which ends with the process; of several processes the primary one holds it."""
   lock = os.open(workdir, os.O_RDONLY)
-  try:
-    if jax.process_count() == 1:
+
+  def acquire() -> None:
+    if is_primary():
       with contextlib.suppress(OSError):  # some file systems have no locks
         try:
           fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
           raise ZedaError(f"another process is working in {workdir}: wait for it, or stop it first.") from error
+
+  try:
+    together(acquire)
     yield
   finally:
     os.close(lock)
 
 
+def _is_file(file: pathlib.Path) -> bool:
+  """As the primary process sees it: storage may tell others later."""
+  return from_primary(file.is_file)
+
+
 def _exported(job: Job) -> bool:
-  return (job.workdir / "student" / "config.json").is_file()
+  return _is_file(job.workdir / "student" / "config.json")
 
 
 def rollout_stage(job: Job) -> None:
@@ -109,7 +126,8 @@ def rollout_stage(job: Job) -> None:
 
 
 def rollout_files(job: Job) -> list[pathlib.Path]:
-  return sorted((job.workdir / "rollouts").glob("rollouts-*.jsonl"))
+  names = from_primary(lambda: [file.name for file in (job.workdir / "rollouts").glob("rollouts-*.jsonl")])
+  return [job.workdir / "rollouts" / name for name in sorted(names)]
 
 
 def _train(job: Job, wanted: tuple[str, ...]) -> Decoder:
@@ -129,11 +147,11 @@ def _evaluate_all(job: Job) -> None:
   if not len(job.held_out):
     return
   file = job.workdir / "evaluate" / "settings.json"
-  if not file.is_file():
-    write_json(file, evaluation_settings(job.config, job.contents))
+  if not _is_file(file):
+    from_primary(lambda: write_json(file, evaluation_settings(job.config, job.contents)))
   measure(job, "teacher", lambda: job.teacher)
   measure(job, "injected", job.student)
-  if (job.workdir / "sft" / "finished.json").is_file():
+  if _is_file(job.workdir / "sft" / "finished.json"):
     measure(job, "sft", lambda: job.stage("sft").restored(job.student()))
   measure(job, "student", lambda: job.load(job.workdir / "student"))
 
@@ -146,7 +164,7 @@ def measure(job: Job, name: str, model: Callable[[], Decoder]) -> None:
   """
   settings = job.config.evaluate
   file = job.workdir / "evaluate" / f"{name}.json"
-  if file.is_file() or name not in settings.models or not len(job.held_out):
+  if name not in settings.models or not len(job.held_out) or _is_file(file):
     return
   job.check_stop(f"before the evaluation of {name}")
   prompts = job.held_out_tokens
@@ -176,10 +194,11 @@ def measure(job: Job, name: str, model: Callable[[], Decoder]) -> None:
   responses = [s.tokens for s in samples]
   teacher_file = job.workdir / "evaluate" / "teacher-responses.json"
   if name == "teacher":
-    write_json(teacher_file, responses)
-  elif teacher_file.is_file():
-    responses = json.loads(teacher_file.read_text())
+    from_primary(lambda: write_json(teacher_file, responses))
+  elif _is_file(teacher_file):
+    responses = from_primary(lambda: json.loads(teacher_file.read_text()))
   distance = teacher_distance(student, job.teacher, prompts, responses) if settings.distance else {}
   averages = {"average": result.average, "standard_error": result.standard_error}
   row = dataclasses.asdict(result) | averages | {"distance": distance}
-  write_json(file, {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()})
+  row = {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()}
+  from_primary(lambda: write_json(file, row))

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 import rich.console
@@ -21,9 +22,11 @@ from zeda_jax.data.prompts import Prompts, open_prompts
 from zeda_jax.distill.recipe import check_config
 from zeda_jax.distill.stages import Stage
 from zeda_jax.distill.trainer import StoppedEarly, StopSignal
+from zeda_jax.distributed import any_process, is_primary
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import Decoder, inject
 from zeda_jax.models.params import reconfigured
+from zeda_jax.sharding import Sharding, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +61,25 @@ class Job:
   def decode(self, tokens: Sequence[int]) -> str:
     return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
+  @functools.cached_property
+  def sharding(self) -> Sharding | None:
+    """Over all devices of all processes, as config.mesh says; None where there is one device."""
+    if len(jax.devices()) == 1:
+      return None
+    mesh = self.config.mesh
+    try:
+      return Sharding(
+        make_mesh(mesh.data, mesh.expert, num_experts=self.model.num_experts), capacity=float(mesh.capacity)
+      )
+    except ZedaError as error:
+      raise ZedaError(f"config.mesh: {error}") from error
+
   def load(self, path: str | pathlib.Path) -> Decoder:
-    """A model of this recipe, from its Hugging Face directory."""
-    model = load_hf(path, self.config.dtype or None)
-    return reconfigured(model, remat=self.config.remat, scan_unroll=self.config.scan_unroll, eos_token_ids=self.eos_ids)
+    """A model of this recipe, from its Hugging Face directory; each process reads what its devices hold."""
+    sharding, config = self.sharding, self.config
+    model = load_hf(path, config.dtype or None, None if sharding is None else sharding.parameter)
+    changes = {"remat": config.remat, "scan_unroll": config.scan_unroll, "eos_token_ids": self.eos_ids}
+    return reconfigured(model, **changes, sharding=sharding)
 
   @functools.cached_property
   def teacher(self) -> Decoder:
@@ -82,18 +100,21 @@ class Job:
     return Stage(name, self.teacher, self.config[name], self.workdir / name, self.config.seed, self.console)
 
   def check_stop(self, where: str) -> None:
-    """Raises StoppedEarly if SIGTERM or Ctrl-C came since the last look."""
-    if self.stop.requested:
+    """Raises StoppedEarly in all processes if SIGTERM or Ctrl-C came to one of them; all look at the same places."""
+    if any_process(self.stop.requested):
       raise StoppedEarly(f"stopped {where}; run the same command again to go on.")
 
 
 def open_job(config: ml_collections.ConfigDict, console: rich.console.Console | None = None) -> Job:
   """Checks the whole recipe and the headers of the weights; nothing is written.
 
+  Only the primary process will show anything on its console.
+
   Raises:
     ZedaError: names the setting, file or line that does not fit.
   """
   check_config(config)
+  _check_processes(config)
   model = read_config(config.teacher)
   if model.is_dynamic:
     raise ZedaError(f"config.teacher: {config.teacher} already has zero experts; expected the static model.")
@@ -113,8 +134,21 @@ def open_job(config: ml_collections.ConfigDict, console: rich.console.Console | 
     "prompts": _prompts_fingerprint(prompts, train),
     "held-out prompts": _prompts_fingerprint(held_out_prompts, held_out),
   }
+  if not is_primary():
+    console = rich.console.Console(quiet=True)
   console = console or rich.console.Console()
-  return Job(config, model, tokenizer, eos_ids, prompts, train, held_out_prompts, held_out, longest, contents, console)
+  job = Job(config, model, tokenizer, eos_ids, prompts, train, held_out_prompts, held_out, longest, contents, console)
+  job.sharding  # noqa: B018 (a mesh that does not fit is refused now)
+  return job
+
+
+def _check_processes(config: ml_collections.ConfigDict) -> None:
+  processes = jax.process_count()
+  if config.sft.epochs and config.sft.batch_size % processes:
+    raise ZedaError(
+      f"config.sft.batch_size is {config.sft.batch_size}, which {processes} processes cannot share out evenly: choose "
+      "a multiple, or another number of processes."
+    )
 
 
 def _split(config: ml_collections.ConfigDict, prompts: Prompts) -> tuple[np.ndarray, Prompts, np.ndarray]:

@@ -1,14 +1,16 @@
 """The two training stages: each takes a student and gives it back trained, resuming from its own checkpoints."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import ml_collections
 import numpy as np
+import optax
 import rich.console
 
 from zeda_jax.checkpoint.orbax import CheckpointStore
@@ -18,12 +20,15 @@ from zeda_jax.data.rollouts import RolloutSource
 from zeda_jax.distill.metrics import MetricWriter
 from zeda_jax.distill.objectives import Objective
 from zeda_jax.distill.optimizer import make_optimizer
+from zeda_jax.distill.placement import place_local, place_whole
 from zeda_jax.distill.recipe import optimizer_config, write_json
-from zeda_jax.distill.step import Reference, TrainState, init_state, make_train_step
+from zeda_jax.distill.step import Reference, TrainState, abstract_state, init_state, make_train_step
 from zeda_jax.distill.trainer import Batches, run_training
+from zeda_jax.distributed import on_mesh
+from zeda_jax.distributed.agreement import from_primary, together
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import Decoder
-from zeda_jax.models.params import combine, merge_model, split_model, trainable_partition
+from zeda_jax.models.params import Params, combine, merge_model, split_model, trainable_partition
 from zeda_jax.rollout.generate import generate
 
 _ROW_MULTIPLE = 16  # on-policy rows are as long as the longest sequence may get, rounded up to this
@@ -31,7 +36,10 @@ _ROW_MULTIPLE = 16  # on-policy rows are as long as the longest sequence may get
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """What both stages share: the models, the settings and where things are written."""
+  """What both stages share: the models, the settings and where things are written.
+
+  All runs where the teacher's sharding says; several processes make the same calls.
+  """
 
   name: str
   teacher: Decoder
@@ -51,6 +59,13 @@ class Stage:
     """Trains the chosen parameters of `student` for `num_steps`; a finished stage is only read back.
 
     Arrays that the student shares with the teacher and that are not trained exist once.
+
+    Args:
+      student: where the training starts.
+      objective: the loss.
+      batches: give each process its rows of a batch, or where there is `make_batch` what that wants, to all the same.
+      num_steps: of the whole stage.
+      make_batch: (student, element of `batches`, finished steps) -> batch, all of its rows in every process.
     """
     if self._finished_steps() == num_steps:
       return self.restored(student)
@@ -60,7 +75,8 @@ class Stage:
     trained, frozen = trainable_partition(params, settings.trainable)
     optimizer = optimizer_config(settings)
     step = make_train_step(graphdef, teacher_graphdef, objective, optimizer, num_steps, settings.accumulate)
-    balance = {name: jnp.float32(settings[name]) for name in ("weight", "coefficient")}
+    balance: dict[str, Any] = {name: np.float32(settings[name]) for name in ("weight", "coefficient")}
+    sharding = self.teacher.config.sharding
     reference = Reference(frozen, teacher_params, balance)
 
     def student_of(state: TrainState) -> Decoder:
@@ -70,11 +86,16 @@ class Stage:
       assert make_batch is not None
       return make_batch(student_of(state), raw, step)
 
+    def on_devices(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+      with on_mesh(sharding):
+        return step(state, reference, batch)
+
+    place = place_local if make_batch is None else place_whole
     store = CheckpointStore(self.directory / "checkpoints", keep=settings.keep)
     try:
       state = run_training(
-        state=init_state(trained, make_optimizer(optimizer, num_steps), self.seed),
-        step_fn=lambda state, batch: step(state, reference, batch),
+        state=self._first_state(store, trained, make_optimizer(optimizer, num_steps)),
+        step_fn=on_devices,
         batches=batches,
         num_steps=num_steps,
         store=store,
@@ -82,12 +103,20 @@ class Stage:
         writer=MetricWriter(self.directory, self.name, self.console),
         log_every=settings.log_every,
         make_batch=on_policy if make_batch is not None else None,
+        prepare=functools.partial(place, sharding=sharding, parts=settings.accumulate),
         label=self.name,
       )
     finally:
       store.close()
-    write_json(self._finished_file, {"steps": num_steps})
+    from_primary(lambda: write_json(self._finished_file, {"steps": num_steps}))
     return student_of(state)
+
+  def _first_state(self, store: CheckpointStore, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Where the training starts; of one that goes on only the shapes, for it is read from its checkpoint."""
+    sharding = self.teacher.config.sharding
+    if store.latest_step() is not None:
+      return abstract_state(params, optimizer, sharding)
+    return init_state(params, optimizer, self.seed, sharding)
 
   @property
   def _finished_file(self) -> pathlib.Path:
@@ -95,7 +124,7 @@ class Stage:
 
   def _finished_steps(self) -> int | None:
     file = self._finished_file
-    return json.loads(file.read_text()).get("steps") if file.is_file() else None
+    return from_primary(lambda: json.loads(file.read_text()).get("steps") if file.is_file() else None)
 
   def restored(self, student: Decoder) -> Decoder:
     """`student` with the parameters of the newest checkpoint.
@@ -103,22 +132,23 @@ class Stage:
     Raises:
       ZedaError: there is none, or it is of another model.
     """
-    if not (self.directory / "checkpoints").is_dir():
+    if not from_primary((self.directory / "checkpoints").is_dir):
       raise ZedaError(f"{self.directory / 'checkpoints'} is gone: restore it, or start again in a new workdir.")
     graphdef, params = split_model(student)
     trained, frozen = trainable_partition(params, self.settings.trainable)
     transform = make_optimizer(optimizer_config(self.settings), 1)  # the number of steps changes no shape
     with CheckpointStore(self.directory / "checkpoints", keep=self.settings.keep) as store:
-      state = store.restore(init_state(trained, transform, self.seed)).state
+      state = store.restore(abstract_state(trained, transform, self.teacher.config.sharding)).state
     return merge_model(graphdef, combine(frozen, state.params))
 
 
 def run_sft(stage: Stage, student: Decoder, rollouts: Sequence[pathlib.Path]) -> Decoder:
   """Supervised distillation on the teacher's rollouts (paper section 3.3, first stage)."""
   settings = stage.settings
-  source = RolloutSource(list(rollouts))
-  source.lengths(student.config.vocab_size)
-  batches = sft_batches(source, settings.batch_size, settings.row_length, stage.seed, settings.epochs)
+  source = together(lambda: RolloutSource(list(rollouts)))
+  together(lambda: source.lengths(student.config.vocab_size))
+  process = jax.process_index(), jax.process_count()
+  batches = sft_batches(source, settings.batch_size, settings.row_length, stage.seed, settings.epochs, *process)
   objective = Objective(settings.loss, settings.balance, settings.balance_tokens)
   return stage.train(student, objective, batches, batches.num_batches)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key
 
 from zeda_jax.distill.objectives import Objective, batch_loss
@@ -39,8 +40,26 @@ class Reference:
   balance: Mapping[str, Array]  # "weight" and "coefficient" of the balance loss
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-  """A fresh state. The parameters are copied, since steps donate their state."""
+def init_state(
+  params: Params, optimizer: optax.GradientTransformation, seed: int, sharding: Sharding | None = None
+) -> TrainState:
+  """A fresh state, on a mesh made in place on every device. Parameters are copied, since steps donate their state."""
+  if sharding is None:
+    return _fresh_state(params, optimizer, seed)
+  make = functools.partial(_fresh_state, optimizer=optimizer, seed=seed)
+  return jax.jit(make, out_shardings=sharding.state(jax.eval_shape(make, params)))(params)
+
+
+def abstract_state(
+  params: Params, optimizer: optax.GradientTransformation, sharding: Sharding | None = None
+) -> TrainState:
+  """Shapes, types and places of what init_state makes, for a checkpoint to be read into; nothing is allocated."""
+  state = jax.eval_shape(functools.partial(_fresh_state, optimizer=optimizer, seed=0), params)
+  places = jax.tree.map(lambda _: jnp.empty(()).sharding, state) if sharding is None else sharding.state(state)
+  return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, places)
+
+
+def _fresh_state(params: Params, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
   params = jax.tree.map(jnp.copy, params)
   return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jax.random.key(seed))
 
@@ -62,7 +81,8 @@ def make_train_step(
     objective: the loss.
     optimizer: AdamW and its schedule.
     num_steps: length of the training, for the schedule.
-    accumulate: the batch's rows are run in this many equal parts, whose gradients are added.
+    accumulate: the batch's rows are run in this many equal parts, whose gradients are added; row i is in part i modulo
+      this, so that devices that hold neighbouring rows have some of every part.
 
   Returns:
     (state, reference, batch) -> (state, metrics); donates the state.
@@ -79,13 +99,13 @@ def make_train_step(
   @functools.partial(jax.jit, donate_argnums=0)
   def train_step(state: TrainState, reference: Reference, batch: Batch) -> tuple[TrainState, Metrics]:
     sharding = merge_model(student, combine(reference.frozen, state.params)).config.sharding
-    grads, metrics = _gradients(loss_fn, state.params, reference, batch, accumulate)
-    grads = _keep_places(grads, sharding)
+    grads, metrics = _gradients(loss_fn, state.params, reference, batch, accumulate, sharding)
     updates, opt_state = transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
     params, opt_state = _keep_places((params, opt_state), sharding)
-    return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
+    state = dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1)
+    return state, _everywhere(metrics, sharding)
 
   return train_step
 
@@ -95,20 +115,45 @@ def _keep_places(tree: Any, sharding: Sharding | None) -> Any:
   return tree if sharding is None else jax.lax.with_sharding_constraint(tree, sharding.state(tree))
 
 
+def _everywhere(metrics: Metrics, sharding: Sharding | None) -> Metrics:
+  """The metrics, whole on every device, so that every process can read them."""
+  if sharding is None:
+    return metrics
+  return jax.lax.with_sharding_constraint(metrics, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def split_rows(batch: Batch, parts: int, sharding: Sharding | None = None) -> Batch:
+  """[B, ...] -> [parts, B / parts, ...] with row i in part i % parts, where no row leaves its device."""
+
+  def split(x: Array) -> Array:
+    x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+    if sharding is None:
+      return x
+    where = NamedSharding(sharding.mesh, PartitionSpec(None, sharding.rules.tokens))
+    return jax.lax.with_sharding_constraint(x, where)
+
+  return jax.tree.map(split, dict(batch))
+
+
 def _gradients(
-  loss_fn: Callable[..., Any], params: Params, reference: Reference, batch: Batch, accumulate: int
+  loss_fn: Callable[..., Any],
+  params: Params,
+  reference: Reference,
+  batch: Batch,
+  accumulate: int,
+  sharding: Sharding | None = None,
 ) -> tuple[Params, Metrics]:
   """Gradients (fp32) and metrics of the batch, as the sum over `accumulate` parts of its rows."""
   response_tokens = batch["loss_mask"].sum()
 
   def part_gradients(part: Batch) -> tuple[Params, Any]:
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params, reference, part, response_tokens)
-    return jax.tree.map(lambda g: g.astype(jnp.float32), grads), metrics
+    return _keep_places(jax.tree.map(lambda g: g.astype(jnp.float32), grads), sharding), metrics
 
   if accumulate == 1:
     grads, metrics = part_gradients(batch)
   else:
-    parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), dict(batch))
+    parts = split_rows(batch, accumulate, sharding)
     shapes = jax.eval_shape(part_gradients, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(

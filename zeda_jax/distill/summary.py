@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import ml_collections
 import rich.box
 import rich.console
@@ -16,6 +17,7 @@ import rich.table
 
 from zeda_jax.config import ModelConfig
 from zeda_jax.data.jsonl import atomic_writer
+from zeda_jax.sharding import Sharding
 from zeda_jax.zero_experts import target_ratio
 
 LABELS = {"teacher": "teacher", "injected": "injected, untrained", "sft": "SFT", "student": "student (exported)"}
@@ -27,8 +29,9 @@ def describe(
   model: ModelConfig,
   num_train: int,
   num_held_out: int,
+  sharding: Sharding | None = None,
 ) -> None:
-  """Says what will be done, before it is done."""
+  """Says what will be done, before it is done; on which mesh, where there are several devices."""
   zero = config.student.num_zero_experts
   zero = model.num_experts // 2 if zero is None else zero
   target = target_ratio(model.num_experts, zero, config.sft.weight) if zero else 0.0
@@ -40,6 +43,11 @@ def describe(
     f"OPD       {config.opd.steps} steps, {config.opd.loss}",
     f"output    {config.workdir}",
   ]
+  if sharding is not None:
+    sizes = " x ".join(f"{name}={size}" for name, size in sharding.mesh.shape.items())
+    kind = sharding.mesh.devices.flat[0].device_kind
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    lines.append(f"mesh      {sizes}: {sharding.num_devices} devices ({kind}){processes}")
   for line in lines:
     console.print(line, highlight=False, soft_wrap=True)
 

@@ -3,6 +3,7 @@
 In one process every function here does the plain thing at once, so the code that calls them need not ask.
 """
 
+import contextlib
 import functools
 from typing import Any
 
@@ -22,8 +23,10 @@ __all__ = [
   "initialize",
   "is_primary",
   "leave",
+  "on_mesh",
   "rows_on_mesh",
   "same_for_all",
+  "spread_rows",
   "to_host",
   "wait_for_all",
   "wait_for_news",
@@ -83,6 +86,11 @@ def _any_on_devices(flag: bool) -> jax.Array:
   return any_of(jax.make_array_from_process_local_data(places, np.full(jax.local_device_count(), flag)))
 
 
+def on_mesh(sharding: Sharding | None) -> contextlib.AbstractContextManager[Any]:
+  """Context in which programs for a sharded model are traced and run: some kernels ask what the mesh is."""
+  return contextlib.nullcontext() if sharding is None else jax.set_mesh(sharding.mesh)
+
+
 def to_host(tree: Any) -> Any:
   """The whole arrays as numpy on every process, however they are sharded; for small ones."""
 
@@ -98,3 +106,14 @@ def rows_on_mesh(tree: Any, sharding: Sharding) -> Any:
   """A batch over all devices, from the rows that each process has: those of process 0 come first."""
   rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.rules.tokens))
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows, np.asarray(x)), tree)
+
+
+def spread_rows(tree: Any, sharding: Sharding) -> Any:
+  """A batch over all devices, from all its rows, which every process has; each places those of its own devices."""
+  rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.rules.tokens))
+
+  def place(x: Any) -> jax.Array:
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, rows, lambda index: x[index])
+
+  return jax.tree.map(place, tree)

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from zeda_jax.distributed import on_mesh, spread_rows, to_host
 from zeda_jax.models.decoder import Decoder
 from zeda_jax.models.params import merge_model, reconfigured, split_model
 
@@ -36,15 +36,19 @@ def matched_threshold(
   length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
   graphdef, params = split_model(model)
   weights_of = jax.jit(lambda params, *inputs: merge_model(graphdef, params).hidden(*inputs).pick_weights)
+  sharding = model.config.sharding
+  rows = 64 if sharding is None else -(-64 // sharding.num_devices) * sharding.num_devices
   shares = []
-  for first in range(0, len(prompts), 64):
-    tokens = np.zeros((64, length), np.int32)
-    response = np.zeros((64, length), bool)
-    segments = np.zeros((64, length), np.int32)
-    for row, (p, r) in enumerate(zip(prompts[first : first + 64], responses[first : first + 64], strict=True)):
+  for first in range(0, len(prompts), rows):
+    tokens = np.zeros((rows, length), np.int32)
+    response = np.zeros((rows, length), bool)
+    segments = np.zeros((rows, length), np.int32)
+    for row, (p, r) in enumerate(zip(prompts[first : first + rows], responses[first : first + rows], strict=True)):
       tokens[row, : len(p) + len(r)] = [*p, *r]
       segments[row, : len(p) + len(r)] = 1
       response[row, len(p) - 1 : len(p) + len(r) - 1] = True
-    weights = np.asarray(weights_of(params, jnp.asarray(tokens), jnp.asarray(segments)))[:, response]
+    with on_mesh(sharding):
+      inputs = (tokens, segments) if sharding is None else spread_rows((tokens, segments), sharding)
+      weights = to_host(weights_of(params, *inputs))[:, response]
     shares.append((weights / weights.max(axis=-1, keepdims=True)).reshape(-1))
   return float(np.quantile(np.concatenate(shares), ratio))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zeda_jax.data.packing import pack_row, plan_rows
+from zeda_jax.distributed import on_mesh, spread_rows, to_host
 from zeda_jax.evaluate.graders import GRADERS
 from zeda_jax.models.decoder import Decoder
 from zeda_jax.models.params import merge_model, split_model
@@ -133,6 +134,9 @@ def teacher_distance(
 ) -> dict[str, float]:
   """KL divergences between the two models per response token, in nats, on given responses (the teacher's, say).
 
+  On a mesh, a batch has at least a row for each device. Where there are several processes, all must call this with the
+  same arguments.
+
   Returns:
     "forward_kl" KL(teacher || student), "reverse_kl" KL(student || teacher), "cross_entropy" of the responses.
   """
@@ -141,14 +145,19 @@ def teacher_distance(
   row_length = -(-max(int(lengths.max()), 128) // 128) * 128
   plan = plan_rows(lengths, row_length, seed=0, epoch=0)
   rows = [pack_row([examples[i] for i in plan[r]], row_length) for r in range(len(plan))]
+  sharding = student.config.sharding
+  if sharding is not None:
+    batch_size = -(-batch_size // sharding.num_devices) * sharding.num_devices
   rows += [pack_row([], row_length)] * (-len(rows) % batch_size)
   student_parts, teacher_parts = split_model(student), split_model(teacher)
   distances = jax.jit(_distances, static_argnums=(0, 2))
   total, tokens = np.zeros(3), 0.0
   for first in range(0, len(rows), batch_size):
     batch = {name: np.stack([row[name] for row in rows[first : first + batch_size]]) for name in rows[0]}
-    total += np.asarray(distances(*student_parts, *teacher_parts, batch))
     tokens += float(batch["loss_mask"].sum())
+    with on_mesh(sharding):
+      placed = batch if sharding is None else spread_rows(batch, sharding)
+      total += to_host(distances(*student_parts, *teacher_parts, placed))
   names = ("forward_kl", "reverse_kl", "cross_entropy")
   return dict(zip(names, (total / max(tokens, 1.0)).tolist(), strict=True))
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from zeda_jax.config import ModelConfig
@@ -35,12 +36,24 @@ Cache = KVCache | LatentCache
 
 
 def init_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype | None = None) -> Cache:
-  """An empty cache of the kind that the model's attention wants; `dtype` defaults to the activations'."""
+  """An empty cache of the kind that the model's attention wants; `dtype` defaults to the activations'.
+
+  Its rows are shared out over the devices of the model's sharding, where they divide evenly.
+  """
   slots = (config.num_layers, batch, length)
   if config.mla is not None:
-    return LatentCache(jnp.zeros((*slots, config.mla.kv_lora_rank + config.mla.rope_head_dim), dtype or config.dtype))
-  zeros = jnp.zeros((*slots, config.num_kv_heads, config.head_dim), dtype or config.dtype)
+    width = config.mla.kv_lora_rank + config.mla.rope_head_dim
+    return LatentCache(_by_rows(jnp.zeros((*slots, width), dtype or config.dtype), config))
+  zeros = _by_rows(jnp.zeros((*slots, config.num_kv_heads, config.head_dim), dtype or config.dtype), config)
   return KVCache(key=zeros, value=zeros)
+
+
+def _by_rows(store: Float[Array, "L B S *d"], config: ModelConfig) -> Float[Array, "L B S *d"]:
+  sharding = config.sharding
+  if sharding is None or store.shape[1] % sharding.num_devices:
+    return store
+  where = NamedSharding(sharding.mesh, PartitionSpec(None, sharding.rules.tokens))
+  return jax.lax.with_sharding_constraint(store, where)
 
 
 def update_cache(

@@ -10,6 +10,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int
 
 from zeda_jax.config import ModelConfig
+from zeda_jax.distributed import to_host
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.attention import Attention
 from zeda_jax.models.cache import Cache
@@ -205,7 +206,7 @@ def inject(model: Decoder, num_zero_experts: int | None = None, seed: int = 0) -
   """The dynamic twin of a static model: every MoE router gets rows for zero experts; all else is shared with `model`.
 
   Args:
-    model: a static decoder.
+    model: a static decoder; where it is sharded, so are the new rows, which are the same.
     num_zero_experts: N_Z; None means half the experts.
     seed: of the new router rows.
 
@@ -218,16 +219,24 @@ def inject(model: Decoder, num_zero_experts: int | None = None, seed: int = 0) -
   count = config.num_experts // 2 if num_zero_experts is None else num_zero_experts
   graphdef, target = nnx.split(abstract_decoder(_with_zero_experts(config, count)))
   state = nnx.to_pure_dict(nnx.state(model))
-  for run, params in zip(config.layer_runs, (state["runs"][i] for i in range(len(state["runs"]))), strict=True):
+  for number, run in enumerate(config.layer_runs):
     if run.is_moe:
-      router = params["mlp"]["router"]
+      router = state["runs"][number]["mlp"]["router"]
       for name in ("weight", "correction_bias"):
         if name in router:
-          rows = np.asarray(router[name])
-          new = [new_router_rows(rows[i], count, seed, run.start + i) for i in range(run.length)]
-          router["zero_" + name] = jnp.asarray(np.stack(new))
+          rows = to_host(router[name])
+          new = np.stack([new_router_rows(rows[i], count, seed, run.start + i) for i in range(run.length)])
+          router["zero_" + name] = _placed(new, ("runs", number, "mlp", "router", "zero_" + name), config)
   nnx.replace_by_pure_dict(target, state)
   return nnx.merge(graphdef, target)
+
+
+def _placed(value: np.ndarray, path: tuple[str | int, ...], config: ModelConfig) -> jax.Array:
+  """A parameter that every process has whole, where the model's sharding wants it."""
+  if config.sharding is None:
+    return jnp.asarray(value)
+  where = config.sharding.parameter(path, value.shape)
+  return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
 
 def _with_zero_experts(config: ModelConfig, count: int) -> ModelConfig:

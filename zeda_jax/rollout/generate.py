@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from zeda_jax.distributed import on_mesh, spread_rows, to_host
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.cache import Cache, init_cache
 from zeda_jax.models.decoder import Decoder, HiddenOutput
 from zeda_jax.rollout.sampling import Sampling, sample
+from zeda_jax.sharding import Sharding
 
 _BUCKET = 16  # prompt lengths are padded up to a multiple, so that few shapes are compiled
 
@@ -99,6 +102,8 @@ def generate_batch(
   cache = init_cache(config, batch, width + max_new_tokens)
   prefilled = model.hidden(prompts, (index < lengths[:, None]).astype(jnp.int32), index, zero_expert_bias, cache=cache)
   empty = jnp.zeros((batch, max_new_tokens))
+  if config.sharding is not None:  # what the loop carries; the compiler might else give every device all rows
+    empty = config.sharding.keep_rows(empty)
   start = _Decoding(
     step=jnp.zeros((), jnp.int32),
     token=jnp.zeros(batch, jnp.int32),
@@ -137,6 +142,9 @@ def generate(
 ) -> list[Sample]:
   """Samples one response per prompt.
 
+  With a sharded model the sequences are shared out over all devices of its mesh. Where there are several processes, all
+  must call this with the same arguments, and all get all samples.
+
   Args:
     model: static or dynamic decoder.
     prompts: token ids of each prompt (see `zeda_jax.data.chat` for chat templates).
@@ -161,6 +169,8 @@ def generate(
   eos = model.config.eos_token_ids if eos_id is None else eos_id
   eos_ids = tuple(int(token) for token in np.atleast_1d(eos))
   graphdef, state = nnx.split(model)
+  sharding = model.config.sharding
+  rows = batch_size if sharding is None else -(-batch_size // sharding.num_devices) * sharding.num_devices
   base = jax.random.key(seed)
   streams = np.arange(len(prompts)) if stream_ids is None else np.asarray(stream_ids)
   # Longest first: a batch then holds prompts of like length, and a too large batch fails at once rather than late.
@@ -168,22 +178,21 @@ def generate(
   samples: dict[int, Sample] = {}
   for first in range(0, len(prompts), batch_size):
     chunk = order[first : first + batch_size]
-    tokens, lengths = _pad([prompts[i] for i in chunk], batch_size, width)
-    ids = np.zeros(batch_size, np.uint32)
+    tokens, lengths = _pad([prompts[i] for i in chunk], rows, width)
+    ids = np.zeros(rows, np.uint32)
     ids[: len(chunk)] = streams[chunk]
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(base, jnp.asarray(ids))
-    out = generate_batch(
-      graphdef,
-      state,
-      tokens,
-      lengths,
-      keys,
-      jnp.float32(zero_expert_bias),
-      max_new_tokens=max_new_tokens,
-      sampling=sampling,
-      eos_ids=eos_ids,
-    )
-    out_tokens, counts, logprobs, ratios, ratios_all = jax.device_get(out)
+    with on_mesh(sharding):
+      out = generate_batch(
+        graphdef,
+        state,
+        *_placed(tokens, lengths, keys, sharding),
+        np.float32(zero_expert_bias),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_ids=eos_ids,
+      )
+    out_tokens, counts, logprobs, ratios, ratios_all = to_host(out)
     for row, i in enumerate(chunk):
       ids_row = out_tokens[row, : counts[row]].tolist()
       samples[int(i)] = Sample(
@@ -220,11 +229,19 @@ def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
       )
 
 
-def _pad(prompts: Sequence[Sequence[int]], batch_size: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-  """Right-pads to a bucketed width and `batch_size` rows."""
+def _placed(tokens: np.ndarray, lengths: np.ndarray, keys: Key[Array, " B"], sharding: Sharding | None) -> Any:
+  """The rows of a batch where the model wants them."""
+  if sharding is None:
+    return tokens, lengths, keys
+  words = spread_rows(np.asarray(jax.random.key_data(keys)), sharding)
+  return *spread_rows((tokens, lengths), sharding), jax.random.wrap_key_data(words, impl=jax.random.key_impl(keys))
+
+
+def _pad(prompts: Sequence[Sequence[int]], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+  """Right-pads to a bucketed width and adds empty rows."""
   width = -(-max(width, *(len(p) for p in prompts)) // _BUCKET) * _BUCKET
-  tokens = np.zeros((batch_size, width), np.int32)
-  lengths = np.zeros(batch_size, np.int32)
+  tokens = np.zeros((rows, width), np.int32)
+  lengths = np.zeros(rows, np.int32)
   for row, prompt in enumerate(prompts):
     tokens[row, : len(prompt)] = prompt
     lengths[row] = len(prompt)

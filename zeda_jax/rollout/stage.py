@@ -1,11 +1,14 @@
 """The rollout stage: the teacher answers every prompt, in shards that are each written complete or not at all."""
 
+import collections
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from zeda_jax.data.prompts import Prompts
 from zeda_jax.data.rollouts import finished_shards, make_record, shard_range, write_shard
+from zeda_jax.distributed import is_primary
+from zeda_jax.distributed.agreement import from_primary, raise_together, together
 from zeda_jax.models.decoder import Decoder
 from zeda_jax.rollout.generate import generate
 
@@ -18,7 +21,11 @@ def num_shards(num_prompts: int, shard_size: int) -> int:
 
 def is_finished(directory: pathlib.Path, num_prompts: int, shard_size: int) -> bool:
   shards = num_shards(num_prompts, shard_size)
-  return len(finished_shards(directory, shards)) == shards
+  return len(_finished(directory, shards)) == shards
+
+
+def _finished(directory: pathlib.Path, shards: int) -> list[int]:
+  return from_primary(lambda: finished_shards(directory, shards))
 
 
 def sample_rollouts(
@@ -33,7 +40,8 @@ def sample_rollouts(
 ) -> None:
   """Writes one response per prompt to rollouts-*.jsonl, going on after the shards that exist.
 
-  Each prompt's sampling is seeded by its own number, so a resumed run gives the same rollouts.
+  Each prompt's sampling is seeded by its own number, so a resumed run gives the same rollouts. Where there are several
+  processes, all must call this with the same arguments; the primary one writes.
 
   Args:
     model: the teacher.
@@ -46,7 +54,7 @@ def sample_rollouts(
     progress: called between batches; may raise to stop, which drops the unfinished shard.
   """
   shards = num_shards(len(indices), settings.shard_size)
-  done = set(finished_shards(directory, shards))
+  done = set(_finished(directory, shards))
   answered = sum(len(shard_range(s, shards, len(indices))) for s in done)
   progress(answered, len(indices))
   for shard in range(shards):
@@ -54,9 +62,17 @@ def sample_rollouts(
       continue
     mine = [int(indices[i]) for i in shard_range(shard, shards, len(indices))]
     records = _answer(model, prompts, mine, render, settings, seed, lambda n: progress(answered + n, len(indices)))  # noqa: B023
-    write_shard(directory, shard, shards, records)
+    together(lambda: _write(directory, shard, shards, records))  # noqa: B023
     answered += len(mine)
     progress(answered, len(indices))
+
+
+def _write(directory: pathlib.Path, shard: int, shards: int, records: Iterator[dict[str, Any]]) -> None:
+  """Writes the shard on the primary process; the others only take part in making its records."""
+  if is_primary():
+    write_shard(directory, shard, shards, records)
+  else:
+    collections.deque(records, maxlen=0)
 
 
 def _answer(
@@ -69,6 +85,7 @@ def _answer(
   progress: Callable[[int], None],
 ) -> Iterator[dict[str, Any]]:
   for first in range(0, len(indices), settings.batch_size):
+    raise_together()  # if the records before these could not be written
     if first:  # the last batch is reported once its shard is on disk
       progress(first)
     batch = indices[first : first + settings.batch_size]

@@ -1,6 +1,6 @@
 """A small training on a mesh, as a command of the command line: what the tests of several processes start.
 
-python tests/distributed_worker.py DIRECTORY --mesh=2x2 [--steps=…] …
+python tests/distributed/worker.py DIRECTORY --mesh=2x2 [--steps=…] …
 """
 
 import argparse
