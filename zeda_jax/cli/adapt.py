@@ -1,5 +1,7 @@
 """`zeda adapt` and its single stages."""
 
+import os
+
 from zeda_jax.cli.config_flags import parse_config, take_process_flags
 
 _HELP = """zeda {command}: {what}
@@ -22,7 +24,8 @@ usage: zeda {command} --config=configs/tiny.py --config.teacher=DIR --config.pro
     --config.evaluate.num_prompts=256    held out of the prompts, or --config.evaluate.prompts=FILE
     --config.export.plain=True           also student-plain/, for engines without zero experts
 
-zeda_jax/distill/recipe.py lists every setting. SIGTERM and Ctrl-C save and exit 0.
+zeda_jax/distill/recipe.py lists every setting. SIGTERM and Ctrl-C save and exit 0, or with the number
+in ZEDA_EXIT_WHEN_STOPPED, by which a launcher knows that the command must run again.
 
 Several processes as one run: start this command once for each. Cloud TPU and GKE, srun and Open MPI
 say how many there are and where; elsewhere give all of these (or JAX_COORDINATOR_ADDRESS,
@@ -55,4 +58,5 @@ def run(command: str, args: list[str]) -> int:
   except StoppedEarly as stopped:
     if primary:
       print(f"zeda {command}: {stopped}")
+    return int(os.environ.get("ZEDA_EXIT_WHEN_STOPPED", "0"))
   return 0
