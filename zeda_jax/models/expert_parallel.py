@@ -26,7 +26,7 @@ from zeda_jax.models.experts import inverse, run_experts
 from zeda_jax.ops.grouped_matmul import grouped_matmul, grouped_swiglu
 from zeda_jax.ops.platforms import by_platform
 from zeda_jax.ops.varying import vary_alike, zeros
-from zeda_jax.sharding import Exchange, Sharding
+from zeda_jax.sharding import Exchange, Sharding, gather
 
 _ROWS = 8  # a buffer's room for one device is a multiple of this, as TPU memory is tiled
 
@@ -64,7 +64,7 @@ def parallel_experts(
   specs = tuple(sharding.spec(("experts",), matrix.shape) for matrix in (gate_up, down))
 
   def on_device(x, picks, weights, *matrices):
-    whole = (_gather_matrix(matrix, spec) for matrix, spec in zip(matrices, specs, strict=True))
+    whole = (gather(matrix, PartitionSpec(None, *spec[1:])) for matrix, spec in zip(matrices, specs, strict=True))
     return _run_on_device(sharding, backend, *vary_alike(x, picks, weights, *whole))
 
   run = jax.shard_map(
@@ -72,14 +72,6 @@ def parallel_experts(
   )
   out, exchange = run(x, picks, weights, gate_up, down)
   return out[:num_tokens], exchange
-
-
-def _gather_matrix(matrix: Array, spec: PartitionSpec) -> Array:
-  """The device's experts with their whole matrices. The transpose sums gradients and leaves each device its part."""
-  for axis, name in enumerate(spec):
-    if axis > 0 and name is not None:
-      matrix = jax.lax.all_gather(matrix, name, axis=axis, tiled=True)
-  return matrix
 
 
 def _run_on_device(sharding: Sharding, backend: str | None, x, picks, weights, gate_up, down):
