@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -224,6 +225,24 @@ def check_experts(num_experts: int, devices: int) -> None:
     )
 
 
+def mesh_sizes(count: int, data: int = -1, expert: int = 1, num_experts: int | None = None) -> tuple[int, int]:
+  """Devices along "data" and "expert" of a mesh of `count`; arguments and errors are those of `make_mesh`."""
+  asked = f"data={data} x expert={expert}"
+  sizes = {"data": data, "expert": expert}
+  if data == expert == -1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise ZedaError(f"The mesh is {asked}; expected two positive numbers whose product is {count}, or -1 for one.")
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if count % known or (-1 not in sizes.values() and known != count):
+    raise ZedaError(
+      f"A mesh of {asked} does not fit the {count} devices that there are: choose two numbers whose product is "
+      f"{count}, or -1 for one of them."
+    )
+  first, second = (count // known if size == -1 else size for size in sizes.values())
+  if num_experts is not None:
+    check_experts(num_experts, second)
+  return first, second
+
+
 def make_mesh(
   data: int = -1, expert: int = 1, *, num_experts: int | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
@@ -239,18 +258,7 @@ def make_mesh(
     ZedaError: the sizes do not give the number of devices, or do not divide the experts.
   """
   devices = jax.devices() if devices is None else list(devices)
-  count = len(devices)
-  asked = f"data={data} x expert={expert}"
-  sizes = {"data": data, "expert": expert}
-  if data == expert == -1 or any(size < 1 and size != -1 for size in sizes.values()):
-    raise ZedaError(f"The mesh is {asked}; expected two positive numbers whose product is {count}, or -1 for one.")
-  known = math.prod(size for size in sizes.values() if size != -1)
-  if count % known or (-1 not in sizes.values() and known != count):
-    raise ZedaError(
-      f"A mesh of {asked} does not fit the {count} devices that there are: choose two numbers whose product is "
-      f"{count}, or -1 for one of them."
-    )
-  shape = tuple(count // known if size == -1 else size for size in sizes.values())
-  if num_experts is not None:
-    check_experts(num_experts, shape[1])
-  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+  shape = mesh_sizes(len(devices), data, expert, num_experts)
+  # A TPU slice is a torus: where the sizes are no products of its sides, a side is split.
+  placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 2)

@@ -28,6 +28,7 @@ from zeda_jax.ops.platforms import by_platform
 from zeda_jax.ops.varying import vary_alike, zeros
 from zeda_jax.sharding import Exchange, Sharding, gather
 
+FURTHER_ROUNDS = "further_rounds"  # name of the loop that usually makes none
 _ROWS = 8  # a buffer's room for one device is a multiple of this, as TPU memory is tiled
 
 
@@ -238,7 +239,9 @@ def _exchanged_experts(x, weights, gate_up, down, plan: _Plan, options: _Options
 def _sum_of_rounds(one_round: Any, rounds: Int[Array, ""]) -> Any:
   """The sum of one_round(i). The first stands outside the loop, where the compiler can overlap it with other work."""
   add = lambda index, total: jax.tree.map(jnp.add, total, one_round(index))
-  return jax.lax.fori_loop(1, rounds, add, one_round(0))
+  first = one_round(0)
+  with jax.named_scope(FURTHER_ROUNDS):
+    return jax.lax.fori_loop(1, rounds, add, first)
 
 
 def _forward(x, weights, gate_up, down, plan, options):
