@@ -57,10 +57,14 @@ def describe_devices(name: str) -> Sequence[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
   except Exception as error:  # of many kinds, by version
     message = str(error).splitlines()[0][:300]
-    raise ZedaError(f"--topology={name}: the TPU compiler does not take it ({message}): choose another slice.") from error
+    raise ZedaError(
+      f"--topology={name}: the TPU compiler does not take it ({message}): choose another slice."
+    ) from error
 
 
-def compile_program(function: Any, arguments: tuple[Any, ...], mesh: Any, static: dict[str, Any] | None = None) -> Compiled:
+def compile_program(
+  function: Any, arguments: tuple[Any, ...], mesh: Any, static: dict[str, Any] | None = None
+) -> Compiled:
   """Compiles a jitted function for the devices of the mesh.
 
   Raises:

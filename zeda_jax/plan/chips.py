@@ -1,7 +1,7 @@
 """What the plan knows of TPU chips and of the slices they come in.
 
-Sources, as published in 2025: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} for memory, its bandwidth and the rate of
-bfloat16 products; links and their one-way rates as in jax-ml.github.io/scaling-book/tpus (the documents' "interchip
+Sources, as published in 2025: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} for memory, its bandwidth and the rate
+of bfloat16 products; links and their one-way rates as in jax-ml.github.io/scaling-book/tpus (the documents' "interchip
 interconnect" is the sum over a chip's links). tpu7x: the published rate is for 8-bit products, twice bfloat16's.
 """
 

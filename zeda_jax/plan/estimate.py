@@ -25,6 +25,11 @@ def _numbers(tree: Any) -> float:
   return float(sum(math.prod(x.shape) for x in jax.tree.leaves(tree)))
 
 
+def _sizes(sharding: Sharding) -> tuple[int, int]:
+  data, expert = sharding.mesh.shape.values()
+  return data, expert
+
+
 def _parts(params: Any) -> tuple[float, float]:
   """(numbers in experts, in all other matrices of the layers)"""
   leaves = jax.tree_util.tree_leaves_with_path(params["runs"])
@@ -77,7 +82,7 @@ def train_temporaries(models: Models, batch: Batch, sharding: Sharding) -> dict[
 
 def train_traffic(models: Models, batch: Batch, sharding: Sharding, zero_ratio: float = 0.0) -> list[Sent]:
   """What one device sends in a step."""
-  config, data, expert = models.config, *sharding.mesh.shape.values()
+  config, (data, expert) = models.config, _sizes(sharding)
   size = jnp.dtype(config.dtype).itemsize
   experts, others = _parts(models.teacher_params)
   ends = 2.0 * config.vocab_size * config.hidden_size
@@ -115,7 +120,7 @@ def rollout_temporaries(models: Models, batch: Batch, sharding: Sharding) -> dic
 
 def rollout_traffic(models: Models, batch: Batch, sharding: Sharding, zero_ratio: float = 0.0) -> list[Sent]:
   """What one device sends until all rows are generated: each token gathers every layer's matrices."""
-  config, data, expert = models.config, *sharding.mesh.shape.values()
+  config, (data, expert) = models.config, _sizes(sharding)
   size = jnp.dtype(config.dtype).itemsize
   experts, others = _parts(models.teacher_params)
   everything, passes = data * expert, batch.length - batch.prompt + 1

@@ -83,6 +83,7 @@ def make_plan(
     ZedaError: the mesh, the experts or the rows do not fit the topology.
   """
   sizes = mesh_sizes(topology.devices, config.mesh.data, config.mesh.expert, model.num_experts)
+  mesh: Any
   if compiling:
     mesh = make_mesh(*sizes, num_experts=model.num_experts, devices=aot.describe_devices(topology.name))
   else:
@@ -110,7 +111,7 @@ def make_plan(
     source, needed, kinds = "compiled", *_measured(kinds, compiled, _held(kinds))
     if compiled.text is not None:
       traffic = sent(compiled.text, sharding.capacity if sharding.expert_devices > 1 else 1.0)
-  flops = {str(r): _flops(config, stage, models, batch, r) for r in RATIOS}
+  flops = {str(r): _flops(config, stage, models, batch, topology.devices, r) for r in RATIOS}
   devices = topology.devices
   times = {}
   for ratio in RATIOS:
@@ -179,19 +180,19 @@ def _measured(kinds: dict[str, float], compiled: aot.Compiled, held: float) -> t
   if compiled.needed:
     return compiled.needed, kinds
   temporaries = compiled.temporaries + compiled.outputs
-  named = {name: kinds[name] for name in ("gradients", "activations", "cache") if name in kinds}
+  chosen = lambda names: {name: kinds[name] for name in names if name in kinds}
+  named = chosen(("gradients", "activations", "cache"))
   scale = min(1.0, temporaries / max(sum(named.values()), 1.0))
   named = {name: value * scale for name, value in named.items()}
-  found = {name: kinds[name] for name in ("parameters", "optimizer", "teacher") if name in kinds}
-  found |= named | {"temporaries": temporaries - sum(named.values())}
-  return held + temporaries, found
+  rest = {"temporaries": temporaries - sum(named.values())}
+  return held + temporaries, {**chosen(("parameters", "optimizer", "teacher")), **named, **rest}
 
 
 def _flops(
-  config: ml_collections.ConfigDict, stage: str, models: Models, batch: Batch, ratio: float
+  config: ml_collections.ConfigDict, stage: str, models: Models, batch: Batch, devices: int, ratio: float
 ) -> dict[str, float]:
   """Of all rows on all devices, by kind; empty rows too, since a device with rows of its own is what takes longest."""
-  rows = batch.padded(models.config.sharding.num_devices)
+  rows = batch.padded(devices)
   if stage == "rollout":  # the teacher's, which skips nothing
     static = models.config.replace(num_zero_experts=0)
     one = work.generation(static, batch.prompt, batch.length - batch.prompt)
@@ -260,9 +261,7 @@ def _candidates(plan: Plan, config: ml_collections.ConfigDict, model: ModelConfi
     found.append(("remat", "layer"))
   rows = -(-plan.rows // plan.devices)
   parts = config[plan.stage].accumulate
-  found += [
-    (f"{plan.stage}.accumulate", n) for n in range(parts + 1, rows + 1) if rows % n == 0 and plan.rows % n == 0
-  ]
+  found += [(f"{plan.stage}.accumulate", n) for n in range(parts + 1, rows + 1) if rows % n == 0 and plan.rows % n == 0]
   found += wider
   if config[plan.stage].trainable != "router":
     found.append((f"{plan.stage}.trainable", "router"))

@@ -22,6 +22,7 @@ def as_json(plan: Plan, suggestion: tuple[dict[str, Any], Plan] | None = None) -
     "idle_devices": plan.idle_devices,
     "traffic": [s._asdict() for s in plan.traffic],
     "times": {r: t._asdict() | {"step": t.step, "bound": t.bound} for r, t in plan.times.items()},
+    "step_flops": {r: plan.step_flops(r) for r in plan.flops},
     "tokens_per_second_per_chip": {r: plan.tokens_per_second_per_chip(r) for r in plan.times},
   }
   if suggestion is not None:
@@ -33,7 +34,11 @@ def show(plan: Plan, console: rich.console.Console) -> None:
   """The tables."""
   say = lambda text: console.print(text, highlight=False)
   mesh = " x ".join(f"{name}={size}" for name, size in plan.mesh.items())
-  say(f"{plan.model}, {plan.stage} on {plan.topology} ({plan.chips} chips), mesh {mesh}  [{plan.source}]".replace("[", r"\["))
+  say(
+    f"{plan.model}, {plan.stage} on {plan.topology} ({plan.chips} chips), mesh {mesh}  [{plan.source}]".replace(
+      "[", r"\["
+    )
+  )
   say(f"  {rows_line(plan)}")
   verdict = "fits" if plan.fits else "DOES NOT FIT"
   say(f"  {verdict}: {plan.needed / GIB:.1f} of {plan.available / GIB:.1f} GiB a device")
@@ -77,7 +82,7 @@ def rows_line(plan: Plan) -> str:
 def show_suggestion(found: tuple[dict[str, Any], Plan] | None, console: rich.console.Console) -> None:
   """The change that makes it fit, as flags."""
   if found is None:
-    text = "No change tried makes it fit (remat, accumulate, mesh.expert, trainable=router): take shorter rows or more chips."
+    text = "No change tried makes it fit (remat, accumulate, mesh.expert, trainable=router): take more chips."
   else:
     changes, plan = found
     flags = " ".join(f"--config.{name}={value}" for name, value in changes.items())
@@ -90,33 +95,6 @@ def _table(*columns: str) -> rich.table.Table:
   for i, name in enumerate(columns):
     table.add_column(name, justify="left" if i == 0 else "right")
   return table
-
-
-def markdown(plans: list[Plan]) -> str:
-  """One line for each plan."""
-  lines = [
-    "| model, stage | slice | mesh | rows, a device | needs, of GiB | held | gradients | activations | rest "
-    "| PFLOPs a step, r 0 / 0.5 | sent for weights, GB | rows sent, GB | seconds a step, r 0 / 0.5 "
-    "| tokens/s/chip, r 0 / 0.5 | bound by |",
-    "|" + "---|" * 15,
-  ]
-  for p in plans:
-    moved = {rows: sum(s.bytes for s in p.traffic if ("all-to-all" in s.kind) == rows) / 1e9 for rows in (False, True)}
-    held = sum(p.memory.get(kind, 0) for kind in ("parameters", "optimizer", "teacher"))
-    flops = " / ".join(f"{p.step_flops(r) / 1e15:.2f}" for r in p.flops)
-    extra = "" if p.settings.get(f"{p.stage}.trainable", "all") == "all" else ", router only"
-    lines.append(
-      f"| {p.model}, {p.stage}{extra} | {p.topology} | {p.mesh['data']} x {p.mesh['expert']} "
-      f"| {p.rows} x {p.row_length}, {p.padded_rows // p.devices} "
-      f"| {p.needed / GIB:.1f} of {p.available / GIB:.1f}, {'fits' if p.fits else 'does not fit'} "
-      f"| {held / GIB:.1f} | {p.memory.get('gradients', 0) / GIB:.1f} "
-      f"| {p.memory.get('activations', p.memory.get('cache', 0)) / GIB:.1f} | {p.memory['temporaries'] / GIB:.1f} "
-      f"| {flops} | {moved[False]:.1f} | {moved[True]:.1f} "
-      f"| {' / '.join(f'{t.step:.2f}' for t in p.times.values())} "
-      f"| {' / '.join(f'{p.tokens_per_second_per_chip(r):.0f}' for r in p.times)} "
-      f"| {p.times['0.0'].bound} / {p.times['0.5'].bound} |"
-    )
-  return "\n".join(lines)
 
 
 def dumps(value: dict[str, Any]) -> str:

@@ -113,13 +113,10 @@ def train_arguments(
 ) -> tuple[TrainState, Reference, dict[str, Any]]:
   """Shapes of state, reference and batch."""
   transform = make_optimizer(optimizer_config(config[stage]), _STEPS)
-  number = jax.ShapeDtypeStruct((), jnp.float32)
-  state = TrainState(
-    models.trained,
-    jax.eval_shape(transform.init, models.trained),
-    jax.ShapeDtypeStruct((), jnp.int32),
-    jax.eval_shape(lambda: jax.random.key(0)),
-  )
+  scalar: Any = lambda dtype: jax.ShapeDtypeStruct((), dtype)
+  opt_state, key = jax.eval_shape(transform.init, models.trained), jax.eval_shape(lambda: jax.random.key(0))
+  state = TrainState(models.trained, opt_state, scalar(jnp.int32), key)
+  number = scalar(jnp.float32)
   reference = Reference(models.frozen, models.teacher_params, {"weight": number, "coefficient": number})
   types = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.float32, "segment_ids": jnp.int32}
   types |= {"positions": jnp.int32} | ({"old_logprobs": jnp.float32} if stage == "opd" else {})

@@ -79,10 +79,8 @@ def student_passes(config: ModelConfig, trainable: str) -> Passes:
   again = 1.0 if config.remat == "layer" else 0.0
   backward = 2.0 if trainable == "all" else 1.0
   exchanged = config.sharding is not None and config.sharding.expert_devices > 1
-  if exchanged:  # the backward pass keeps no buffer: it makes gate and up again
-    experts_again = 2 / 3
-  else:
-    experts_again = 0.0 if config.remat == "none" else 1.0
+  # Where rows are exchanged the backward pass keeps no buffer: it makes gate and up again.
+  experts_again = 2 / 3 if exchanged else 0.0 if config.remat == "none" else 1.0
   return Passes(1 + backward + again, 1 + 3.5 + again, 1 + backward + experts_again, 2 + backward)
 
 
