@@ -1,4 +1,4 @@
-"""`zeda plan`: whether a stage fits a TPU slice, and about how fast it can be, before the slice is rented."""
+"""`zeda plan`: whether a stage fits a TPU slice, and how fast it can be, before it is rented."""
 
 import argparse
 import os
@@ -9,8 +9,9 @@ from zeda_jax.errors import ZedaError
 _EPILOG = """settings are those of `zeda adapt`, as --config.NAME=VALUE; for example
   --config.sft.row_length=8192 --config.sft.batch_size=256 --config.sft.accumulate=2
   --config.mesh.expert=16 --config.remat=layer --config.sft.trainable=router
-teacher, prompts and workdir may be left out. With the TPU compiler (pip install 'zeda-jax[tpu-aot]') the real step is
-compiled, which takes a minute or two; without it the numbers are estimated from shapes, and say so."""
+teacher, prompts and workdir may be left out. With the TPU compiler (extra tpu-aot) the real
+step is compiled, which takes a minute or two; without it the numbers are estimated from shapes,
+and say so."""
 
 
 def run(command: str, args: list[str]) -> int:
@@ -23,8 +24,9 @@ def run(command: str, args: list[str]) -> int:
     raise ZedaError("--topology is missing; give a slice such as --topology=v5p:4x4x4.")
   from zeda_jax.plan import aot
 
-  # Before JAX is imported, and only for this process: it is to compile for a TPU, not to look for one.
-  os.environ.update(aot.ENVIRONMENT)
+  compiling = not flags.estimate and aot.find_libtpu()
+  if compiling:  # before JAX is imported: this process is to compile for a TPU, not to look for one
+    os.environ.update(aot.ENVIRONMENT)
   config = parse_config(command, rest)
   from zeda_jax.plan.chips import parse_topology
   from zeda_jax.plan.models import find_model
@@ -39,7 +41,6 @@ def run(command: str, args: list[str]) -> int:
   missing = {key: "-" for key in ("teacher", "prompts", "workdir") if not config[key]}
   config = changed(config, missing)
   check_config(config)
-  compiling = not flags.estimate and aot.find_libtpu()
 
   def plan(config, compiling):
     return make_plan(config, name, model, topology, flags.stage, flags.prompt_tokens, compiling)
