@@ -43,6 +43,17 @@ class Exchange(NamedTuple):
   rounds: Int[Array, "*layers"]
 
 
+# The TPU compiler refuses ragged exchanges on slices of a v5e whose chips are not all routed to each other: those of
+# more chips than this.
+_RAGGED_V5E = ("TPU v5 lite", 16)
+
+
+def ragged_exchange(device_kind: str, devices: int) -> bool:
+  """Whether a TPU slice of so many devices can exchange just the rows that travel, rather than whole buffers."""
+  kind, most = _RAGGED_V5E
+  return device_kind != kind or devices <= most
+
+
 @dataclasses.dataclass(frozen=True)
 class Rules:
   """Logical axis -> the mesh axes it is cut along."""
@@ -86,6 +97,12 @@ class Sharding:
   def expert_devices(self) -> int:
     """Over how many devices the experts of a layer are spread."""
     return self._ways(self.rules.experts)
+
+  @property
+  def ragged(self) -> bool:
+    """Whether rows are exchanged by `ragged_all_to_all` on a TPU; meshes without devices say yes."""
+    devices = getattr(self.mesh, "devices", None)
+    return devices is None or ragged_exchange(devices.flat[0].device_kind, devices.size)
 
   def spec(self, path: Sequence[Any], shape: Sequence[int]) -> PartitionSpec:
     """How the parameter at `path` is cut; stacked over layers if the path starts with "runs".

@@ -17,7 +17,7 @@ HloModule jit_step
 
 %all-reduce-scatter.1 (p: f32[1024,256]) -> f32[64,256] {
   %p = f32[1024,256]{1,0} parameter(0)
-  %all-reduce.7 = f32[1024,256]{1,0:T(8,128)} all-reduce(%p), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %all-reduce.7 = f32[1024,256]{1,0:T(8,128)} all-reduce(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   ROOT %s = f32[64,256]{1,0} dynamic-slice(%all-reduce.7, %i, %j), dynamic_slice_sizes={64,256}
 }
 
@@ -34,7 +34,7 @@ HloModule jit_step
 {}}, use_global_device_ids=true
   %r = bf16[1280,512]{1,0} ragged-all-to-all(%a, %b, %c), replica_groups=[16,4]<=[64]
   %f = f32[64,256]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
-  %w2 = (s32[]) while(%t), condition=%rounds_condition, body=%rounds_body, metadata={op_name="jit(step)/further_rounds/while"}
+  %w2 = (s32[]) while(%t), condition=%rounds_condition, body=%rounds_body, metadata={op_name="further_rounds/while"}
 }
 
 %layers (t: (s32[])) -> pred[] {

@@ -11,7 +11,8 @@ C follows from `Sharding.capacity`. Rows that find no room in a buffer travel in
 the fullest buffer of the whole mesh decides how many rounds there are, so no row is ever dropped, and memory does not
 depend on the routing. The backward pass makes the rounds again with the gradients' rows beside; it keeps no buffer.
 
-On TPUs only the rows themselves are sent (`ragged_all_to_all`); elsewhere, where XLA may lack that, whole buffers.
+On TPUs only the rows themselves are sent (`ragged_all_to_all`); elsewhere, and on the v5e slices whose compiler lacks
+that (`Sharding.ragged`), whole buffers.
 """
 
 import functools
@@ -81,7 +82,7 @@ def _run_on_device(sharding: Sharding, backend: str | None, x, picks, weights, g
     return run_experts(x, picks, weights, gate_up, down, backend), Exchange(jnp.int32(0), jnp.int32(1))
   even = picks.size / devices
   capacity = min(-(-int(even * sharding.capacity + 0.5) // _ROWS) * _ROWS, picks.size)
-  options = _Options(devices, capacity, axes, sharding.mesh.axis_names, backend)
+  options = _Options(devices, capacity, axes, sharding.mesh.axis_names, sharding.ragged, backend)
   with jax.named_scope("dispatch"):
     plan = _make_plan(picks, gate_up.shape[0], options)
   out = _exchanged_experts(x, weights, gate_up, down, plan, options)
@@ -94,6 +95,7 @@ class _Options(NamedTuple):
   capacity: int  # C
   axes: tuple[str, ...]  # along which rows are exchanged
   all_axes: tuple[str, ...]
+  ragged: bool  # whether TPUs exchange rows rather than whole buffers
   backend: str | None
 
 
@@ -190,7 +192,7 @@ def _exchange_rows(
   return by_platform(
     *vary_alike(buffers, sent, received),
     result=jax.ShapeDtypeStruct(buffers.shape, buffers.dtype),
-    functions={"tpu": functools.partial(_exchange_ragged, axes=options.axes)},
+    functions={"tpu": functools.partial(_exchange_ragged, axes=options.axes)} if options.ragged else {},
     default=functools.partial(_exchange_whole, axes=options.axes),
   )
 

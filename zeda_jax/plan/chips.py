@@ -20,17 +20,18 @@ class Chip(NamedTuple):
   flops: float  # bfloat16 FLOP/s
   memory_rate: float  # bytes/s
   link_rate: float  # bytes/s of one link in one direction
+  kind: str  # as JAX calls it
   torus_dims: int  # of the network; two links along each
   devices: int = 1  # that JAX shows for a chip
   ring_of: int = 4  # shortest side of a slice that is closed to a ring
 
 
 CHIPS = {
-  "v4": Chip("v4", 30.75 * GIB, 275e12, 1228e9, 45e9, 3),
-  "v5e": Chip("v5e", 15.75 * GIB, 197e12, 819e9, 45e9, 2, ring_of=16),
-  "v5p": Chip("v5p", 95.0 * GIB, 459e12, 2765e9, 90e9, 3),
-  "v6e": Chip("v6e", 31.25 * GIB, 918e12, 1640e9, 90e9, 2, ring_of=16),
-  "tpu7x": Chip("tpu7x", 190.0 * GIB, 2307e12, 7370e9, 90e9, 3, devices=2),
+  "v4": Chip("v4", 30.75 * GIB, 275e12, 1228e9, 45e9, "TPU v4", 3),
+  "v5e": Chip("v5e", 15.75 * GIB, 197e12, 819e9, 45e9, "TPU v5 lite", 2, ring_of=16),
+  "v5p": Chip("v5p", 95.0 * GIB, 459e12, 2765e9, 90e9, "TPU v5", 3),
+  "v6e": Chip("v6e", 31.25 * GIB, 918e12, 1640e9, 90e9, "TPU v6 lite", 2, ring_of=16),
+  "tpu7x": Chip("tpu7x", 190.0 * GIB, 2307e12, 7370e9, 90e9, "TPU7x", 3, devices=2),
 }
 
 

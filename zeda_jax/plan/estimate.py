@@ -80,8 +80,11 @@ def train_temporaries(models: Models, batch: Batch, sharding: Sharding) -> dict[
   return {"gradients": gradients, "activations": activations, "temporaries": rest}
 
 
-def train_traffic(models: Models, batch: Batch, sharding: Sharding, zero_ratio: float = 0.0) -> list[Sent]:
-  """What one device sends in a step."""
+def train_traffic(models: Models, batch: Batch, sharding: Sharding, ragged: bool = True) -> list[Sent]:
+  """What one device sends in a step in which no pick is a zero expert.
+
+  `ragged` tells whether the rows travel alone, or in buffers with room for `sharding.capacity` times as many.
+  """
   config, (data, expert) = models.config, _sizes(sharding)
   size = jnp.dtype(config.dtype).itemsize
   experts, others = _parts(models.teacher_params)
@@ -97,14 +100,17 @@ def train_traffic(models: Models, batch: Batch, sharding: Sharding, zero_ratio: 
     summed = (of(data, experts / expert) + of(everything, others)) * size + of(everything, ends / 2) * (4 + size)
   rows = batch.padded(everything) // everything * batch.length * config.num_experts_per_tok
   moe_layers, passes = sum(config.moe_layers), EXCHANGES
-  trips = passes["student"] * (1 - zero_ratio) + passes["teacher"]
-  exchanged = moe_layers * trips * of(expert, rows * config.hidden_size) * size
+  exchanged = moe_layers * sum(passes.values()) * of(expert, rows * config.hidden_size) * size
   found = [
     Sent("all-gather", data if data > 1 else everything, gathered),
     Sent("reduce-scatter", data if data > 1 else everything, summed * batch.parts),
-    Sent("ragged-all-to-all", expert, exchanged),
+    _rows(expert, exchanged, sharding, ragged),
   ]
   return [s for s in found if s.bytes > 0]
+
+
+def _rows(group: int, size: float, sharding: Sharding, ragged: bool) -> Sent:
+  return Sent("ragged-all-to-all", group, size) if ragged else Sent("all-to-all", group, size * sharding.capacity)
 
 
 def rollout_temporaries(models: Models, batch: Batch, sharding: Sharding) -> dict[str, float]:
@@ -118,7 +124,7 @@ def rollout_temporaries(models: Models, batch: Batch, sharding: Sharding) -> dic
   return {"cache": stored, "temporaries": working + rows * models.config.vocab_size * 4 * 4}
 
 
-def rollout_traffic(models: Models, batch: Batch, sharding: Sharding, zero_ratio: float = 0.0) -> list[Sent]:
+def rollout_traffic(models: Models, batch: Batch, sharding: Sharding, ragged: bool = True) -> list[Sent]:
   """What one device sends until all rows are generated: each token gathers every layer's matrices."""
   config, (data, expert) = models.config, _sizes(sharding)
   size = jnp.dtype(config.dtype).itemsize
@@ -128,8 +134,9 @@ def rollout_traffic(models: Models, batch: Batch, sharding: Sharding, zero_ratio
   head = config.vocab_size * config.hidden_size
   gathered = passes * (of(data, experts / expert) + of(everything, others + head)) * size
   rows = batch.rows_at_once(everything) * batch.length * config.num_experts_per_tok
-  exchanged = 2 * sum(config.moe_layers) * (1 - zero_ratio) * of(expert, rows * config.hidden_size) * size
-  found = [Sent("all-gather", data if data > 1 else everything, gathered), Sent("ragged-all-to-all", expert, exchanged)]
+  exchanged = 2 * sum(config.moe_layers) * of(expert, rows * config.hidden_size) * size
+  rows_sent = _rows(expert, exchanged, sharding, ragged)
+  found = [Sent("all-gather", data if data > 1 else everything, gathered), rows_sent]
   return [s for s in found if s.bytes > 0]
 
 

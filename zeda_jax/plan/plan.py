@@ -23,7 +23,7 @@ from zeda_jax.plan.steps import (
   train_arguments,
   train_program,
 )
-from zeda_jax.sharding import MESH_AXES, Sharding, make_mesh, mesh_sizes
+from zeda_jax.sharding import MESH_AXES, Sharding, make_mesh, mesh_sizes, ragged_exchange
 
 RATIOS = (0.0, 0.5)  # r_ZE, for which times are given
 
@@ -95,16 +95,16 @@ def make_plan(
       f"Rows of {batch.length} tokens exceed the model's context of {model.max_position_embeddings}: lower "
       f"config.{stage}.{'row_length' if stage == 'sft' else 'max_new_tokens'}."
     )
-  training = stage != "rollout"
+  training, ragged = stage != "rollout", ragged_exchange(topology.chip.kind, topology.devices)
   models = abstract_models(config, model, sharding, config[stage].trainable if training else "all")
   if training:
     state = train_arguments(config, stage, models, batch, sharding)[0]
     kinds = estimate.arguments(models, sharding, state.opt_state)
     kinds |= estimate.train_temporaries(models, batch, sharding)
-    traffic = estimate.train_traffic(models, batch, sharding)
+    traffic = estimate.train_traffic(models, batch, sharding, ragged)
   else:
     kinds = estimate.arguments(models, sharding, None) | estimate.rollout_temporaries(models, batch, sharding)
-    traffic = estimate.rollout_traffic(models, batch, sharding)
+    traffic = estimate.rollout_traffic(models, batch, sharding, ragged)
   source, needed = "estimate", sum(kinds.values())
   if compiling:
     compiled = _compile(config, stage, models, batch, sharding)
@@ -207,7 +207,7 @@ def _memory_traffic(stage: str, models: Models, batch: Batch, sharding: Sharding
 
 
 def _with_ratio(traffic: list[Sent], ratio: float, training: bool) -> list[Sent]:
-  """The student's rows fall with 1 - r_ZE; the teacher's, and all weights, are sent whole."""
+  """The student's rows fall with 1 - r_ZE; the teacher's, weights and whole buffers are always sent."""
   student, teacher = (estimate.EXCHANGES[who] for who in ("student", "teacher"))
   left = (student * (1 - ratio) + teacher) / (student + teacher) if training else 1.0
   return [s._replace(bytes=s.bytes * left) if s.kind == "ragged-all-to-all" else s for s in traffic]
