@@ -56,7 +56,7 @@ def test_the_real_models_fit_and_gather_as_expected(case, model):
   assert compiled["source"] == "compiled" and compiled["fits"], compiled
   assert compiled["row_length"] >= 8192 and compiled["idle_devices"] == 0
   assert compiled["needed"] == pytest.approx(estimate["needed"], rel=0.35)
-  # No array is all-reduced that could be gathered or cut: what is left are small arrays and numbers.
-  assert sent(compiled, "all-reduce") < 0.01 * sent(compiled, "all-gather"), compiled["traffic"]
-  for kind in ("all-gather", "ragged-all-to-all"):
-    assert sent(compiled, kind) == pytest.approx(sent(estimate, kind), rel=0.15), kind
+  # No array is all-reduced that could be gathered or cut: what is left are small ones, and embeddings in broken tiles.
+  assert sent(compiled, "all-reduce") < 0.05 * sent(compiled, "all-gather"), compiled["traffic"]
+  for kind in ("all-gather", "ragged-all-to-all", "all-to-all"):  # numbers of rows are exchanged beside them
+    assert sent(compiled, kind) == pytest.approx(sent(estimate, kind), rel=0.15, abs=1e8), kind

@@ -14,7 +14,7 @@ from zeda_jax.distill.recipe import default_config
 from zeda_jax.errors import ZedaError
 from zeda_jax.plan.chips import GIB, parse_topology
 from zeda_jax.plan.models import MODELS, find_model
-from zeda_jax.plan.plan import changed, make_plan, suggestions
+from zeda_jax.plan.plan import changed, faster_mesh, make_plan, suggestions
 
 QWEN = find_model("qwen3_30b_a3b", "", "")[1]
 PARAMETERS = 30.5e9
@@ -84,6 +84,14 @@ def test_the_cheapest_change_that_fits_is_found():
   assert not misfit.fits and mended.fits and changes["sft.trainable"] == "router"
   misfit, nothing = again_with("v5e:2x2", **{"sft.batch_size": 4})
   assert not misfit.fits and nothing is None  # 61 GB do not go into 63 with anything beside them
+
+
+def test_a_faster_mesh_is_named():
+  found, config = plan_of("v5e:16x16", **{"sft.batch_size": 256})
+  again = lambda config, _: make_plan(config, "q", QWEN, parse_topology("v5e:16x16"), "sft", 1024, False)
+  best = faster_mesh(config, found, again)
+  assert best.fits and best.mesh["expert"] != 4 and best.times["0.5"].step < found.times["0.5"].step
+  assert faster_mesh(changed(config, {"mesh.expert": best.mesh["expert"]}), best, again) is None
 
 
 def test_rollout_and_on_policy_rows():

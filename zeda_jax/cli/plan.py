@@ -36,7 +36,7 @@ def run(command: str, args: list[str]) -> int:
   name, model = find_model(flags.model, config.teacher, file)
 
   from zeda_jax.distill.recipe import check_config
-  from zeda_jax.plan.plan import changed, make_plan, suggestions
+  from zeda_jax.plan.plan import changed, faster_mesh, make_plan, suggestions
 
   missing = {key: "-" for key in ("teacher", "prompts", "workdir") if not config[key]}
   config = changed(config, missing)
@@ -47,11 +47,11 @@ def run(command: str, args: list[str]) -> int:
 
   found = plan(config, compiling)
   suggestion = None if found.fits else suggestions(found, config, model, plan)
-  _print(flags, found, suggestion, compiling)
+  _print(flags, found, suggestion, faster_mesh(config, found, plan) if found.fits else None, compiling)
   return 0
 
 
-def _print(flags, found, suggestion, compiling):
+def _print(flags, found, suggestion, faster, compiling):
   import rich.console
 
   from zeda_jax.plan import report
@@ -63,6 +63,7 @@ def _print(flags, found, suggestion, compiling):
   if not compiling and not flags.estimate:
     console.print("libtpu is not installed: this is an estimate from shapes (pip install 'zeda-jax\\[tpu-aot]').")
   report.show(found, console)
+  report.show_faster(faster, console)
   if not found.fits:
     report.show_suggestion(suggestion, console)
 

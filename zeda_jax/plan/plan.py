@@ -246,6 +246,20 @@ def suggestions(
   return None
 
 
+def faster_mesh(config: ml_collections.ConfigDict, plan: Plan, again: Callable[..., Plan]) -> Plan | None:
+  """The plan, estimated, of the mesh whose steps are shortest at r_ZE 0.5; None if it saves less than a twentieth."""
+  found = []
+  for expert in (2**i for i in range(12)):
+    try:
+      found.append(again(changed(config, {"mesh.expert": expert, "mesh.data": -1}), False))
+    except ZedaError:  # neither divides the devices nor the experts
+      continue
+  time = lambda p: p.times[str(RATIOS[-1])].step
+  now = again(config, False)
+  fitting = [p for p in found if p.needed < 0.9 * p.available and time(p) < 0.95 * time(now)]
+  return min(fitting, key=time, default=None)
+
+
 def _candidates(plan: Plan, config: ml_collections.ConfigDict, model: ModelConfig) -> list[tuple[str, Any]]:
   found: list[tuple[str, Any]] = []
   expert = plan.mesh["expert"]
