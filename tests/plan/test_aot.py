@@ -56,7 +56,7 @@ def test_the_real_models_fit_and_gather_as_expected(case, model):
   assert compiled["source"] == "compiled" and compiled["fits"], compiled
   assert compiled["row_length"] >= 8192 and compiled["idle_devices"] == 0
   assert compiled["needed"] == pytest.approx(estimate["needed"], rel=0.35)
-  # What could be gathered or cut is not all-reduced, but for parts that are no whole tiles: an embedding over 64 devices,
+  # What could be gathered or cut is not all-reduced, but for parts that are no whole tiles: embeddings over 64 devices,
   # and on 256 devices some gradients.
   left = 0.2 if case == "v5e" else 0.05
   assert sent(compiled, "all-reduce") < left * sent(compiled, "all-gather"), compiled["traffic"]
