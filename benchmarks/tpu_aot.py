@@ -9,13 +9,13 @@ custom call has no others); those of the other columns are counted by XLA. Only 
 """
 
 import argparse
-import importlib.util
 import json
 import os
-import pathlib
 import sys
 import time
 from typing import Any
+
+from zeda_jax.plan.aot import ENVIRONMENT, find_libtpu
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 # tokens, picks per token, hidden, inner, experts
@@ -25,25 +25,6 @@ SHAPES = {
   "qwen3_30b_a3b decode": (32, 8, 2048, 768, 128),
 }
 MEGABLOX_TILE = (512, 1024, 768)  # compiles everywhere; fewer rows where there are fewer
-# What libtpu asks the machine for when there is no TPU in it.
-ENVIRONMENT = {
-  "JAX_PLATFORMS": "cpu",
-  "JAX_ENABLE_COMPILATION_CACHE": "0",
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "TPU_WORKER_ID": "0",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-  "TPU_LOG_DIR": "disabled",
-  "TPU_MIN_LOG_LEVEL": "3",
-}
-
-
-def find_libtpu() -> bool:
-  """Whether libtpu can be imported, after adding <environment>/libtpu to the path if it is there."""
-  beside = pathlib.Path(sys.prefix) / "libtpu"
-  if beside.is_dir():
-    sys.path.append(str(beside))
-  return importlib.util.find_spec("libtpu") is not None
 
 
 def programs(backend: str, rows: int, inner: int, columns: int, groups: int) -> dict[str, tuple[Any, list[Any]]]:

@@ -13,7 +13,9 @@ import os
 import sys
 from typing import Any
 
-import tpu_aot
+from zeda_jax.plan.aot import ENVIRONMENT, find_libtpu
+
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
 # query heads, key/value heads, width of queries and keys, width of values
 MODELS = {"qwen3_30b_a3b": (32, 4, 128, 128), "glm_4_7_flash": (20, 20, 256, 256)}
@@ -55,14 +57,14 @@ def compile_one(topology: str, model: str, length: int, devices: int) -> dict[st
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--topologies", nargs="+", default=list(tpu_aot.TOPOLOGIES))
+  parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES))
   parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
   parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32768])
   parser.add_argument("--devices", nargs="+", type=int, default=[1])
   parser.add_argument("--json", action="store_true", help="print the records instead of the table")
   flags = parser.parse_args()
-  os.environ.update(tpu_aot.ENVIRONMENT)
-  if not tpu_aot.find_libtpu():
+  os.environ.update(ENVIRONMENT)
+  if not find_libtpu():
     sys.exit("libtpu is not installed: run `make test-tpu-aot`, or pip install 'zeda-jax[tpu-aot]'.")
   records = []
   for topology in flags.topologies:

@@ -10,7 +10,7 @@ from tests.tiny_models import GLM_4_7_FLASH, QWEN3_30B_A3B, tiny_model
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import abstract_decoder
 from zeda_jax.models.params import split_model
-from zeda_jax.sharding import MESH_AXES, Rules, Sharding, make_mesh
+from zeda_jax.sharding import MESH_AXES, Rules, Sharding, make_mesh, mesh_sizes, ragged_exchange
 
 BOTH = ("data", "expert")
 
@@ -38,11 +38,11 @@ def test_every_large_parameter_of_the_real_models_is_held_once(config, mesh):
 def test_which_axis_is_cut():
   params = split_model(abstract_decoder(QWEN3_30B_A3B.replace(num_zero_experts=64)))[1]
   specs = flat_specs(sharding_of(16, 4).state(params))
-  assert specs["embed.embedding"] == PartitionSpec(BOTH, None)
+  assert specs["embed.embedding"] == PartitionSpec("data", "expert")  # 151936 rows are no whole tiles for 64 devices
   assert specs["runs.0.mlp.experts.gate_up"] == PartitionSpec(None, "expert", "data", None)
-  assert specs["runs.0.mlp.experts.down"] == PartitionSpec(None, "expert", None, "data")
-  assert specs["runs.0.mlp.router.weight"] == PartitionSpec(None, None, BOTH)
-  assert specs["runs.0.attention.q_proj.kernel"] == PartitionSpec(None, None, BOTH)
+  assert specs["runs.0.mlp.experts.down"] == PartitionSpec(None, "expert", "data", None)
+  assert specs["runs.0.mlp.router.weight"] == PartitionSpec(None, "data", "expert")
+  assert specs["runs.0.attention.q_proj.kernel"] == PartitionSpec(None, BOTH, None)
   assert specs["runs.0.input_norm.scale"] == PartitionSpec(None, None)  # small: every device has it
 
 
@@ -103,3 +103,23 @@ def test_settings_that_cannot_be():
     Sharding(AbstractMesh((2, 2), ("data", "model")))
   with pytest.raises(ZedaError, match=r"6 experts.*expert=4"):
     sharding_of(2, 4).spec(("experts", "down"), (6, 4, 8))
+
+
+@pytest.mark.parametrize(
+  "kind, devices, ragged", [("TPU v5 lite", 16, True), ("TPU v5 lite", 32, False), ("TPU v6 lite", 256, True)]
+)
+def test_slices_whose_compiler_refuses_ragged_exchanges(kind, devices, ragged):
+  assert ragged_exchange(kind, devices) is ragged
+
+
+def test_sizes_of_a_mesh_without_devices():
+  assert mesh_sizes(64, -1, 4) == (16, 4) and mesh_sizes(64, 8, -1) == (8, 8) and mesh_sizes(6, 2, 3) == (2, 3)
+
+
+def test_parts_of_whole_tiles_come_first():
+  sharding = sharding_of(16, 4, rules=Rules(replicated_below=0))
+  assert sharding.spec((), (512, 1024)) == PartitionSpec(BOTH, None)  # 8 rows
+  assert sharding.spec((), (500, 8192)) == PartitionSpec(None, BOTH)  # 128 columns
+  assert sharding.spec((), (128, 512)) == PartitionSpec("data", "expert")
+  assert sharding.spec((), (100, 640)) == PartitionSpec(None, BOTH)  # none: the longest side
+  assert sharding.spec(("experts",), (4, 100, 2048)) == PartitionSpec("expert", None, "data")

@@ -2,26 +2,33 @@
 
   tokens                  over both axes: every device has rows of the batch of its own
   experts                 over "expert"; tokens travel to them (models/expert_parallel.py)
-  an expert's matrices    over "data", along their longer side; gathered where they are used
-  everything else         over both axes, along the longest side that divides; gathered where it is used
+  an expert's matrices    over "data", along their rows where that gives whole tiles; gathered where they are used
+  everything else         over both axes, likewise
 
 So each number of the model, and of the optimizer's state, is held once in the whole mesh, but for what is so small that
-gathering it costs more than holding it. All but the experts is left to the compiler, which sees the arrays' shardings.
+gathering it costs more than holding it. Matrices that meet many tokens are gathered explicitly (`Sharding.on_rows`),
+which also makes the sum of their gradients leave each device its part; the rest is left to the compiler, which sees the
+arrays' shardings.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from zeda_jax.errors import ZedaError
 
 MESH_AXES = ("data", "expert")
+# A TPU holds the last two sides of an array in tiles. Parts of whole tiles are gathered and reduce-scattered as they
+# lie; other parts are copied, or the compiler all-reduces the whole array, which sends twice as much.
+_TILE = (8, 128)
 
 
 class Exchange(NamedTuple):
@@ -36,14 +43,25 @@ class Exchange(NamedTuple):
   rounds: Int[Array, "*layers"]
 
 
+# The TPU compiler refuses ragged exchanges on slices of a v5e whose chips are not all routed to each other: those of
+# more chips than this.
+_RAGGED_V5E = ("TPU v5 lite", 16)
+
+
+def ragged_exchange(device_kind: str, devices: int) -> bool:
+  """Whether a TPU slice of so many devices can exchange just the rows that travel, rather than whole buffers."""
+  kind, most = _RAGGED_V5E
+  return device_kind != kind or devices <= most
+
+
 @dataclasses.dataclass(frozen=True)
 class Rules:
   """Logical axis -> the mesh axes it is cut along."""
 
   tokens: tuple[str, ...] = ("data", "expert")  # rows of a batch, or tokens in a row
   experts: tuple[str, ...] = ("expert",)  # the experts of stacked matrices
-  expert_matrix: tuple[str, ...] = ("data",)  # the longer side of each expert's matrix
-  parameter: tuple[str, ...] = ("data", "expert")  # the longest side of any other parameter
+  expert_matrix: tuple[str, ...] = ("data",)  # a side of each expert's matrix
+  parameter: tuple[str, ...] = ("data", "expert")  # one or two sides of any other parameter
   replicated_below: int = 2**16  # so many numbers in a layer of a parameter; every device holds smaller ones whole
 
 
@@ -80,6 +98,12 @@ class Sharding:
     """Over how many devices the experts of a layer are spread."""
     return self._ways(self.rules.experts)
 
+  @property
+  def ragged(self) -> bool:
+    """Whether rows are exchanged by `ragged_all_to_all` on a TPU; meshes without devices say yes."""
+    devices = getattr(self.mesh, "devices", None)
+    return devices is None or ragged_exchange(devices.flat[0].device_kind, devices.size)
+
   def spec(self, path: Sequence[Any], shape: Sequence[int]) -> PartitionSpec:
     """How the parameter at `path` is cut; stacked over layers if the path starts with "runs".
 
@@ -92,9 +116,9 @@ class Sharding:
     if "experts" in path:
       check_experts(shape[first], self.expert_devices)
       cut[first] = self.rules.experts
-      self._cut_longest(cut, shape, range(first + 1, len(shape)), self.rules.expert_matrix)
+      self._cut(cut, shape, range(first + 1, len(shape)), self.rules.expert_matrix)
     elif math.prod(shape[first:]) >= self.rules.replicated_below:
-      self._cut_longest(cut, shape, range(first, len(shape)), self.rules.parameter)
+      self._cut(cut, shape, range(first, len(shape)), self.rules.parameter)
     return PartitionSpec(*(axes[0] if axes and len(axes) == 1 else axes for axes in cut))
 
   def parameter(self, path: Sequence[Any], shape: Sequence[int]) -> NamedSharding:
@@ -137,17 +161,76 @@ class Sharding:
       return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.rules.tokens)))
 
+  def on_rows(
+    self, function: Callable[..., Array], x: Float[Array, "B *rest"] | Int[Array, "B *rest"], *matrices: Array
+  ) -> Float[Array, "B *out"]:
+    """function(x, *matrices), each device with its own rows of `x` and the whole matrices, gathered for this.
+
+    For matrices that are held as `spec` cuts parameters, and functions of one row each. Where the rows do not divide
+    evenly, or are so few that sending them would take fewer bytes than the matrices, the compiler decides.
+    """
+    tokens = math.prod(x.shape[:-1]) if jnp.issubdtype(x.dtype, jnp.floating) else x.size
+    few = tokens < max(side for matrix in matrices for side in matrix.shape)
+    if few or x.shape[0] % self.num_devices:
+      return function(x, *matrices)
+    rows, specs = PartitionSpec(self.rules.tokens), [self.spec((), matrix.shape) for matrix in matrices]
+
+    def on_device(x: Array, *parts: Array) -> Array:
+      return function(x, *(gather(part, spec) for part, spec in zip(parts, specs, strict=True)))
+
+    return jax.shard_map(on_device, mesh=self.mesh, in_specs=(rows, *specs), out_specs=rows)(x, *matrices)
+
   def _ways(self, axes: Iterable[str]) -> int:
     return math.prod(self.mesh.shape[name] for name in axes)
 
-  def _cut_longest(self, cut: list[Any], shape: Sequence[int], places: Iterable[int], axes: tuple[str, ...]) -> None:
-    """Cuts the longest side that divides along all of `axes`; if there is none, along one of them."""
+  def _cut(self, cut: list[Any], shape: Sequence[int], places: Sequence[int], axes: tuple[str, ...]) -> None:
+    """Cuts one of the sides at `places` along all of `axes`, or two sides along one axis each.
+
+    Parts of whole tiles come first, and among them parts of rows, which alone are reduce-scattered without a copy.
+    Where no cut gives whole tiles, the longest side that divides is cut along all axes, or along one of them.
+    """
+    if len(places) > 1:
+      rows, columns = places[-2], places[-1]
+      for chosen in ({rows: axes}, {columns: axes}, {rows: axes[:1], columns: axes[1:]}):
+        if all(self._whole_tiles(shape, place, names) for place, names in chosen.items()):
+          for place, names in chosen.items():
+            cut[place] = names or None
+          return
     longest_first = sorted(places, key=lambda place: -shape[place])
     for choice in (axes, *((name,) for name in axes if len(axes) > 1)):
       for place in longest_first:
         if shape[place] % self._ways(choice) == 0:
           cut[place] = choice
           return
+
+  def _whole_tiles(self, shape: Sequence[int], place: int, axes: tuple[str, ...]) -> bool:
+    return shape[place] % (self._ways(axes) * _TILE[place - len(shape)]) == 0
+
+
+def gather(part: Array, spec: PartitionSpec) -> Array:
+  """The whole of an array that is cut by `spec`, under shard_map. The transpose sums gradients and cuts them again."""
+  for place, axes in enumerate(spec):
+    # One axis of the mesh after the other, the inner one first: as many bytes as at once, but at once the TPU compiler
+    # makes an all-reduce of a small array's gather over the whole mesh, which sends twice as many.
+    for axis in reversed(_names(axes)):
+      # A TPU holds the last two sides of an array in tiles. Parts of broken tiles are put together afterwards.
+      broken = place == part.ndim - 2 and part.shape[place] % _TILE[0]
+      part = jax.lax.all_gather(part, axis, axis=place, tiled=not broken)
+      if broken:
+        part = part.reshape(*part.shape[:place], -1, part.shape[-1])
+  return part
+
+
+def sum_and_cut(x: Array, spec: PartitionSpec) -> Array:
+  """The transpose of `gather`: each device's part of the sum of all devices' arrays, under shard_map."""
+  for place, axes in enumerate(spec):
+    for axis in _names(axes):
+      x = jax.lax.psum_scatter(x, axis, scatter_dimension=place, tiled=True)
+  return x
+
+
+def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
 def check_experts(num_experts: int, devices: int) -> None:
@@ -157,6 +240,24 @@ def check_experts(num_experts: int, devices: int) -> None:
     raise ZedaError(
       f"{num_experts} experts cannot be spread evenly over expert={devices} devices: choose one of {fitting}."
     )
+
+
+def mesh_sizes(count: int, data: int = -1, expert: int = 1, num_experts: int | None = None) -> tuple[int, int]:
+  """Devices along "data" and "expert" of a mesh of `count`; arguments and errors are those of `make_mesh`."""
+  asked = f"data={data} x expert={expert}"
+  sizes = {"data": data, "expert": expert}
+  if data == expert == -1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise ZedaError(f"The mesh is {asked}; expected two positive numbers whose product is {count}, or -1 for one.")
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if count % known or (-1 not in sizes.values() and known != count):
+    raise ZedaError(
+      f"A mesh of {asked} does not fit the {count} devices that there are: choose two numbers whose product is "
+      f"{count}, or -1 for one of them."
+    )
+  first, second = (count // known if size == -1 else size for size in sizes.values())
+  if num_experts is not None:
+    check_experts(num_experts, second)
+  return first, second
 
 
 def make_mesh(
@@ -174,18 +275,7 @@ def make_mesh(
     ZedaError: the sizes do not give the number of devices, or do not divide the experts.
   """
   devices = jax.devices() if devices is None else list(devices)
-  count = len(devices)
-  asked = f"data={data} x expert={expert}"
-  sizes = {"data": data, "expert": expert}
-  if data == expert == -1 or any(size < 1 and size != -1 for size in sizes.values()):
-    raise ZedaError(f"The mesh is {asked}; expected two positive numbers whose product is {count}, or -1 for one.")
-  known = math.prod(size for size in sizes.values() if size != -1)
-  if count % known or (-1 not in sizes.values() and known != count):
-    raise ZedaError(
-      f"A mesh of {asked} does not fit the {count} devices that there are: choose two numbers whose product is "
-      f"{count}, or -1 for one of them."
-    )
-  shape = tuple(count // known if size == -1 else size for size in sizes.values())
-  if num_experts is not None:
-    check_experts(num_experts, shape[1])
-  return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+  shape = mesh_sizes(len(devices), data, expert, num_experts)
+  # A TPU slice is a torus: where the sizes are no products of its sides, a side is split.
+  placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 2)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed;
 
 def compile_layer(topology: str, expert: int, capacity: float) -> dict[str, float]:
   """Forward and backward of the layer's experts; runs in the child."""
-  from benchmarks.tpu_aot import find_libtpu
+  from zeda_jax.plan.aot import find_libtpu
 
   find_libtpu()
   import jax
@@ -61,7 +61,7 @@ def compile_layer(topology: str, expert: int, capacity: float) -> dict[str, floa
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("topology, expert", [("v5p:2x2x1", 4), ("v5e:4x4", 4)])
 def test_rows_travel_by_ragged_exchange_and_memory_follows_the_capacity(topology, expert):
-  from benchmarks.tpu_aot import ENVIRONMENT
+  from zeda_jax.plan.aot import ENVIRONMENT
 
   found = {}
   for capacity in (1.25, 0.625):

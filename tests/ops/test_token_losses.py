@@ -21,6 +21,7 @@ from zeda_jax.ops.token_losses import (
   sampled_token_loss,
   token_losses,
 )
+from zeda_jax.sharding import Sharding, make_mesh
 
 T, H, G, V = 13, 12, 20, 50  # G: the teacher's width
 WITH_TEACHER = ("logprob", "entropy", "teacher_logprob", "forward_kl", "reverse_kl")
@@ -297,6 +298,27 @@ def test_default_chunk_bounds_memory_for_any_number_of_tokens():
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * CHUNK_BYTES < num_tokens * 32768 * 4
 
 
+def check_on_mesh():
+  """Runs in a process with four devices: each walks the vocabulary for its own tokens."""
+  sharding = Sharding(make_mesh(2, 2))
+  inputs = tuple(jnp.tile(a, (4,) + (1,) * (a.ndim - 1)) if a.shape[0] == T else a for a in make_inputs())
+  mask = jnp.asarray(np.random.default_rng(0).random(4 * T) < 0.7)
+
+  def run(sharding, inputs):
+    total = lambda *a: sum((w * x).sum() for w, x in enumerate(token_losses(*a, mask=mask, sharding=sharding), 1))
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(*inputs)
+
+  narrow = (inputs[0][:, :-1], inputs[1][:-1], *inputs[2:])  # a width that the devices do not divide
+  for given in (inputs, narrow, inputs[:3]):
+    expected = run(None, given)
+    where = (sharding.batch(given[0]), sharding.parameter((), given[1].shape))
+    placed = (*jax.device_put(given[:2], where), *given[2:])
+    for g, e in zip(jax.tree.leaves(run(sharding, placed)), jax.tree.leaves(expected), strict=True):
+      assert_close(g, e, atol=1e-4)  # sums over four times the tokens, in another order
+  program = jax.jit(lambda *a: token_losses(*a, sharding=sharding, chunk_size=16)).lower(*inputs).compile().as_text()
+  assert "all-gather" in program and f"f32[{H},{V}]" not in program  # no device has a whole head
+
+
 def check_sharded():
   """Runs in a process with four devices: tokens sharded, the head over the vocabulary or over its width."""
   assert len(jax.devices()) == 4
@@ -316,7 +338,7 @@ def check_sharded():
 def test_sharded_jit():
   root = pathlib.Path(__file__).parents[2]
   env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-  code = "from tests.ops import test_token_losses; test_token_losses.check_sharded()"
+  code = "from tests.ops import test_token_losses as t; t.check_sharded(); t.check_on_mesh()"
   child = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
   assert child.returncode == 0, child.stderr
 

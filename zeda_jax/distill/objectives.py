@@ -120,6 +120,7 @@ def batch_loss(
     *teacher_inputs,
     mask=mask,
     chunk_size=objective.chunk_size,
+    sharding=student.config.sharding,
   )
   extra = {"old_logprobs": flat(batch["old_logprobs"])} if objective.loss == "sampled" else {}
   scale = 1.0 / jnp.maximum(response_tokens, 1.0)

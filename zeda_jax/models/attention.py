@@ -1,5 +1,7 @@
 """Grouped-query attention with normalised queries and keys (Qwen3, OLMoE)."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -14,12 +16,13 @@ class Attention(nnx.Module):
   """q, k, v projections, RMS norm of q and k (per head or over all heads), RoPE, attention, output projection."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    hidden, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+    hidden, dim = config.hidden_size, config.head_dim
+    options: Any = {"bias": config.attention_bias, "rngs": rngs, "sharding": config.sharding}
     self.config = config
-    self.q_proj = Linear(hidden, config.num_heads * dim, bias=bias, rngs=rngs)
-    self.k_proj = Linear(hidden, config.num_kv_heads * dim, bias=bias, rngs=rngs)
-    self.v_proj = Linear(hidden, config.num_kv_heads * dim, bias=bias, rngs=rngs)
-    self.o_proj = Linear(config.num_heads * dim, hidden, bias=bias, rngs=rngs)
+    self.q_proj = Linear(hidden, config.num_heads * dim, **options)
+    self.k_proj = Linear(hidden, config.num_kv_heads * dim, **options)
+    self.v_proj = Linear(hidden, config.num_kv_heads * dim, **options)
+    self.o_proj = Linear(config.num_heads * dim, hidden, **options)
     q_normed, k_normed = (dim, dim) if config.qk_norm == "head" else (config.num_heads * dim, config.num_kv_heads * dim)
     self.q_norm = RMSNorm(q_normed, config.rms_norm_eps)
     self.k_norm = RMSNorm(k_normed, config.rms_norm_eps)

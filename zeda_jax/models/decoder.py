@@ -106,7 +106,7 @@ class Decoder(nnx.Module):
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
-    self.embed = Embedding(config.vocab_size, config.hidden_size, rngs)
+    self.embed = Embedding(config.vocab_size, config.hidden_size, rngs, config.sharding)
     self.runs = nnx.List([_stacked_layers(config, run.is_moe, run.length, rngs) for run in config.layer_runs])
     self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
     tied = config.tie_word_embeddings

@@ -11,7 +11,8 @@ C follows from `Sharding.capacity`. Rows that find no room in a buffer travel in
 the fullest buffer of the whole mesh decides how many rounds there are, so no row is ever dropped, and memory does not
 depend on the routing. The backward pass makes the rounds again with the gradients' rows beside; it keeps no buffer.
 
-On TPUs only the rows themselves are sent (`ragged_all_to_all`); elsewhere, where XLA may lack that, whole buffers.
+On TPUs only the rows themselves are sent (`ragged_all_to_all`); elsewhere, and on the v5e slices whose compiler lacks
+that (`Sharding.ragged`), whole buffers.
 """
 
 import functools
@@ -26,8 +27,9 @@ from zeda_jax.models.experts import inverse, run_experts
 from zeda_jax.ops.grouped_matmul import grouped_matmul, grouped_swiglu
 from zeda_jax.ops.platforms import by_platform
 from zeda_jax.ops.varying import vary_alike, zeros
-from zeda_jax.sharding import Exchange, Sharding
+from zeda_jax.sharding import Exchange, Sharding, gather
 
+FURTHER_ROUNDS = "further_rounds"  # name of the loop that usually makes none
 _ROWS = 8  # a buffer's room for one device is a multiple of this, as TPU memory is tiled
 
 
@@ -64,7 +66,7 @@ def parallel_experts(
   specs = tuple(sharding.spec(("experts",), matrix.shape) for matrix in (gate_up, down))
 
   def on_device(x, picks, weights, *matrices):
-    whole = (_gather_matrix(matrix, spec) for matrix, spec in zip(matrices, specs, strict=True))
+    whole = (gather(matrix, PartitionSpec(None, *spec[1:])) for matrix, spec in zip(matrices, specs, strict=True))
     return _run_on_device(sharding, backend, *vary_alike(x, picks, weights, *whole))
 
   run = jax.shard_map(
@@ -74,21 +76,13 @@ def parallel_experts(
   return out[:num_tokens], exchange
 
 
-def _gather_matrix(matrix: Array, spec: PartitionSpec) -> Array:
-  """The device's experts with their whole matrices. The transpose sums gradients and leaves each device its part."""
-  for axis, name in enumerate(spec):
-    if axis > 0 and name is not None:
-      matrix = jax.lax.all_gather(matrix, name, axis=axis, tiled=True)
-  return matrix
-
-
 def _run_on_device(sharding: Sharding, backend: str | None, x, picks, weights, gate_up, down):
   devices, axes = sharding.expert_devices, sharding.rules.experts
   if devices == 1:  # every device has all experts
     return run_experts(x, picks, weights, gate_up, down, backend), Exchange(jnp.int32(0), jnp.int32(1))
   even = picks.size / devices
   capacity = min(-(-int(even * sharding.capacity + 0.5) // _ROWS) * _ROWS, picks.size)
-  options = _Options(devices, capacity, axes, sharding.mesh.axis_names, backend)
+  options = _Options(devices, capacity, axes, sharding.mesh.axis_names, sharding.ragged, backend)
   with jax.named_scope("dispatch"):
     plan = _make_plan(picks, gate_up.shape[0], options)
   out = _exchanged_experts(x, weights, gate_up, down, plan, options)
@@ -101,6 +95,7 @@ class _Options(NamedTuple):
   capacity: int  # C
   axes: tuple[str, ...]  # along which rows are exchanged
   all_axes: tuple[str, ...]
+  ragged: bool  # whether TPUs exchange rows rather than whole buffers
   backend: str | None
 
 
@@ -197,7 +192,7 @@ def _exchange_rows(
   return by_platform(
     *vary_alike(buffers, sent, received),
     result=jax.ShapeDtypeStruct(buffers.shape, buffers.dtype),
-    functions={"tpu": functools.partial(_exchange_ragged, axes=options.axes)},
+    functions={"tpu": functools.partial(_exchange_ragged, axes=options.axes)} if options.ragged else {},
     default=functools.partial(_exchange_whole, axes=options.axes),
   )
 
@@ -246,7 +241,9 @@ def _exchanged_experts(x, weights, gate_up, down, plan: _Plan, options: _Options
 def _sum_of_rounds(one_round: Any, rounds: Int[Array, ""]) -> Any:
   """The sum of one_round(i). The first stands outside the loop, where the compiler can overlap it with other work."""
   add = lambda index, total: jax.tree.map(jnp.add, total, one_round(index))
-  return jax.lax.fori_loop(1, rounds, add, one_round(0))
+  first = one_round(0)
+  with jax.named_scope(FURTHER_ROUNDS):
+    return jax.lax.fori_loop(1, rounds, add, first)
 
 
 def _forward(x, weights, gate_up, down, plan, options):

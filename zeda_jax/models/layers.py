@@ -1,6 +1,7 @@
 """The small pieces every decoder is made of: linear maps, RMS norm, the dense MLP, rotary embeddings."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from zeda_jax.config import ModelConfig, RopeConfig
+from zeda_jax.sharding import Sharding
 
 _INIT_STD = 0.02
 
@@ -20,21 +22,34 @@ def normal_init(rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
 class Linear(nnx.Module):
   """x @ kernel (+ bias), computed in x's dtype."""
 
-  def __init__(self, in_features: int, out_features: int, *, bias: bool = False, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    in_features: int,
+    out_features: int,
+    *,
+    bias: bool = False,
+    rngs: nnx.Rngs,
+    sharding: Sharding | None = None,
+  ):
+    self.sharding = sharding
     self.kernel = normal_init(rngs, (in_features, out_features))
     self.bias = nnx.Param(jnp.zeros(out_features)) if bias else None
 
   def __call__(self, x: Float[Array, "*b I"]) -> Float[Array, "*b O"]:
-    out = x @ self.kernel[...].astype(x.dtype)
+    kernel = self.kernel[...].astype(x.dtype)
+    out = x @ kernel if self.sharding is None else self.sharding.on_rows(jnp.matmul, x, kernel)
     return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 
 
 class Embedding(nnx.Module):
-  def __init__(self, vocab_size: int, hidden_size: int, rngs: nnx.Rngs):
+  def __init__(self, vocab_size: int, hidden_size: int, rngs: nnx.Rngs, sharding: Sharding | None = None):
+    self.sharding = sharding
     self.embedding = normal_init(rngs, (vocab_size, hidden_size))
 
   def __call__(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T H"]:
-    return self.embedding[...][tokens].astype(dtype)
+    look_up = lambda tokens, table: table[tokens].astype(dtype)
+    table = self.embedding[...]
+    return look_up(tokens, table) if self.sharding is None else self.sharding.on_rows(look_up, tokens, table)
 
 
 class RMSNorm(nnx.Module):
@@ -56,9 +71,10 @@ class DenseMLP(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs, inner: int | None = None):
     hidden = config.hidden_size
     inner = config.intermediate_size if inner is None else inner
-    self.gate_proj = Linear(hidden, inner, rngs=rngs)
-    self.up_proj = Linear(hidden, inner, rngs=rngs)
-    self.down_proj = Linear(inner, hidden, rngs=rngs)
+    options: Any = {"rngs": rngs, "sharding": config.sharding}
+    self.gate_proj = Linear(hidden, inner, **options)
+    self.up_proj = Linear(hidden, inner, **options)
+    self.down_proj = Linear(inner, hidden, **options)
 
   def __call__(self, x: Float[Array, "*b H"]) -> Float[Array, "*b H"]:
     return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

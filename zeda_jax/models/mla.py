@@ -11,6 +11,8 @@ token: it is attention with a single key/value head of kv_lora_rank + rope_head_
 cache in the form that takes fewer FLOPs.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,19 +31,21 @@ class MLA(nnx.Module):
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     assert config.mla is not None
-    mla, hidden, heads, bias = config.mla, config.hidden_size, config.num_heads, config.attention_bias
+    mla, hidden, heads = config.mla, config.hidden_size, config.num_heads
+    options: Any = {"rngs": rngs, "sharding": config.sharding}
+    with_bias = options | {"bias": config.attention_bias}
     self.mla, self.num_heads = mla, heads
     self.scale = _softmax_scale(config.rope, config.head_dim)
     if mla.q_lora_rank is None:
-      self.q_proj = Linear(hidden, heads * config.head_dim, rngs=rngs)
+      self.q_proj = Linear(hidden, heads * config.head_dim, **options)
     else:
-      self.q_a_proj = Linear(hidden, mla.q_lora_rank, bias=bias, rngs=rngs)
+      self.q_a_proj = Linear(hidden, mla.q_lora_rank, **with_bias)
       self.q_a_norm = RMSNorm(mla.q_lora_rank, _LATENT_EPS)
-      self.q_b_proj = Linear(mla.q_lora_rank, heads * config.head_dim, rngs=rngs)
-    self.kv_a_proj = Linear(hidden, mla.kv_lora_rank + mla.rope_head_dim, bias=bias, rngs=rngs)
+      self.q_b_proj = Linear(mla.q_lora_rank, heads * config.head_dim, **options)
+    self.kv_a_proj = Linear(hidden, mla.kv_lora_rank + mla.rope_head_dim, **with_bias)
     self.kv_a_norm = RMSNorm(mla.kv_lora_rank, _LATENT_EPS)
-    self.kv_b_proj = Linear(mla.kv_lora_rank, heads * (mla.nope_head_dim + mla.v_head_dim), rngs=rngs)
-    self.o_proj = Linear(heads * mla.v_head_dim, hidden, bias=bias, rngs=rngs)
+    self.kv_b_proj = Linear(mla.kv_lora_rank, heads * (mla.nope_head_dim + mla.v_head_dim), **options)
+    self.o_proj = Linear(heads * mla.v_head_dim, hidden, **with_bias)
 
   def __call__(
     self,

@@ -31,7 +31,8 @@ class Router(nnx.Module):
     config = self.config
 
     def logits(rows: nnx.Param) -> Float[Array, "T E"]:
-      return jnp.matmul(x.astype(jnp.float32), rows[...].astype(jnp.float32).T, precision="highest")
+      product = lambda x, rows: jnp.matmul(x.astype(jnp.float32), rows.astype(jnp.float32).T, precision="highest")
+      return product(x, rows[...]) if config.sharding is None else config.sharding.on_rows(product, x, rows[...])
 
     zero_logits = None if self.zero_weight is None else logits(self.zero_weight)
     routing = route(

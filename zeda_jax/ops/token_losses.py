@@ -4,6 +4,10 @@ The vocabulary is walked in chunks of columns: one online pass (sums kept relati
 softmax) gives the log-probability of the target, the entropy and both KL divergences to a teacher; the backward pass
 makes the same chunks again and uses closed forms. Memory beyond inputs and gradients is a few arrays of
 [tokens, chunk], whatever the vocabulary.
+
+On a mesh each device walks the vocabulary for its own tokens. The heads are cut along the hidden dimension: every chunk
+of columns is gathered when its turn comes, and its gradient summed over the devices and cut again at once, so that no
+device ever holds a whole head.
 """
 
 import functools
@@ -12,9 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from zeda_jax.errors import ZedaError
+from zeda_jax.ops import varying
+from zeda_jax.sharding import Sharding, gather, sum_and_cut
 
 # One fp32 array of [tokens, chunk] stays below this; with a teacher about six of them are alive at once.
 CHUNK_BYTES = 64 * 2**20
@@ -60,11 +67,8 @@ class _Stats(NamedTuple):
 
 
 def default_chunk_size(num_tokens: int, vocab_size: int) -> int:
-  """Columns per chunk: CHUNK_BYTES of fp32 for `num_tokens` rows, a multiple of MIN_CHUNK, at most the vocabulary.
-
-  Under a sharded jit `num_tokens` is the global number; pass `chunk_size` yourself where the share of one device is
-  much smaller and wider products pay.
-  """
+  """Columns per chunk: CHUNK_BYTES of fp32 for a device's `num_tokens` rows, a multiple of MIN_CHUNK, at most the
+  vocabulary."""
   columns = CHUNK_BYTES // (4 * max(num_tokens, 1)) // MIN_CHUNK * MIN_CHUNK
   return min(max(columns, MIN_CHUNK), vocab_size)
 
@@ -78,6 +82,7 @@ def token_losses(
   *,
   mask: Bool[Array, "T"] | Float[Array, "T"] | None = None,
   chunk_size: int | None = None,
+  sharding: Sharding | None = None,
 ) -> TokenLosses:
   """Log-probability, entropy and KL divergences per token, differentiable in `hidden` and `head`.
 
@@ -95,6 +100,7 @@ def token_losses(
     mask: rows where it is 0 or False give 0 everywhere and a gradient of exactly 0, even if their hidden states or
       targets are garbage or NaN.
     chunk_size: columns per chunk; `default_chunk_size` where None. The result does not depend on it.
+    sharding: of the tokens, where they are spread over a mesh that divides their number. Arrays are global.
 
   Raises:
     ZedaError: a teacher over another vocabulary, only half of a teacher, or a chunk size below 1.
@@ -108,17 +114,17 @@ def token_losses(
     )
   if chunk_size is not None and chunk_size < 1:
     raise ZedaError(f"chunk_size is {chunk_size}; expected at least 1.")
-  columns = min(chunk_size or default_chunk_size(hidden.shape[0], head.shape[1]), head.shape[1])
   teacher_hidden, teacher_head = lax.stop_gradient((teacher_hidden, teacher_head))
+  run = functools.partial(_on_devices, sharding, chunk_size)
   if mask is None:
-    return _losses(columns, hidden, head, targets, teacher_hidden, teacher_head)
+    return run(hidden, head, targets, teacher_hidden, teacher_head)
   # Both ends are masked outside the custom gradient: `where` sends exactly 0 back to masked rows, and its zeroed
   # inputs keep 0 * NaN out of the products that sum over rows.
   keep = mask > 0 if mask.dtype != jnp.bool_ else mask
   hidden = jnp.where(keep[:, None], hidden, 0)
   if teacher_hidden is not None:
     teacher_hidden = jnp.where(keep[:, None], teacher_hidden, 0)
-  losses = _losses(columns, hidden, head, targets, teacher_hidden, teacher_head)
+  losses = run(hidden, head, targets, teacher_hidden, teacher_head)
   return TokenLosses(*(jnp.where(keep, loss, 0.0) for loss in losses))
 
 
@@ -149,41 +155,71 @@ def masked_mean(values: Float[Array, "*S"], mask: Bool[Array, "*S"] | Float[Arra
   return total / jnp.where(count > 0, count, 1.0)
 
 
+class _Walk(NamedTuple):
+  """How the vocabulary is walked."""
+
+  columns: int  # of a chunk
+  spec: PartitionSpec = PartitionSpec()  # how the rows of the head are spread over a mesh
+  teacher_spec: PartitionSpec = PartitionSpec()
+
+
+def _on_devices(sharding: Sharding | None, chunk_size: int | None, *operands: Any) -> TokenLosses:
+  """_losses(...) of each device's own tokens, where they are spread evenly over a mesh."""
+  hidden, head, _, _, teacher_head = operands
+  devices = 1 if sharding is None or hidden.shape[0] % sharding.num_devices else sharding.num_devices
+  columns = chunk_size or default_chunk_size(hidden.shape[0] // devices, head.shape[1])
+  walk = _Walk(min(columns, head.shape[1]))
+  if sharding is None or devices == 1:
+    return _losses(walk, *operands)
+  rows = PartitionSpec(sharding.rules.tokens)
+  spread = lambda matrix: rows if matrix is not None and matrix.shape[0] % devices == 0 else PartitionSpec()
+  walk = walk._replace(spec=spread(head), teacher_spec=spread(teacher_head))
+
+  def on_device(*operands: Any) -> TokenLosses:
+    leaves, structure = jax.tree.flatten(operands)
+    return _losses(walk, *jax.tree.unflatten(structure, varying.vary_alike(*leaves)))
+
+  in_specs = (rows, walk.spec, rows, *((None, None) if teacher_head is None else (rows, walk.teacher_spec)))
+  return jax.shard_map(on_device, mesh=sharding.mesh, in_specs=in_specs, out_specs=rows)(*operands)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(columns, hidden, head, targets, teacher_hidden, teacher_head):
-  return _forward(columns, hidden, head, targets, teacher_hidden, teacher_head)[0]
+def _losses(walk, hidden, head, targets, teacher_hidden, teacher_head):
+  return _forward(walk, hidden, head, targets, teacher_hidden, teacher_head)[0]
 
 
-def _losses_fwd(columns, hidden, head, targets, teacher_hidden, teacher_head):
-  losses, stats = _forward(columns, hidden, head, targets, teacher_hidden, teacher_head)
+def _losses_fwd(walk, hidden, head, targets, teacher_hidden, teacher_head):
+  losses, stats = _forward(walk, hidden, head, targets, teacher_hidden, teacher_head)
   return losses, (hidden, head, targets, teacher_hidden, teacher_head, stats)
 
 
-def _losses_bwd(columns: int, residuals: Any, grads: TokenLosses):
+def _losses_bwd(walk: _Walk, residuals: Any, grads: TokenLosses):
   hidden, head, targets, teacher_hidden, teacher_head, stats = residuals
   matmul_dtype = _gradient_dtype(hidden)
 
   def body(i, carry):
     d_hidden, d_head = carry
-    chunk = _chunk(i, columns, head.shape[1])
-    logprob = _logits(hidden, head, chunk) - stats.peak[:, None] - stats.log_total[:, None]
+    chunk = _chunk(i, walk.columns, head.shape[1])
+    weight = chunk.whole(head, walk.spec)
+    logprob = _logits(hidden, weight) - stats.peak[:, None] - stats.log_total[:, None]
     teacher_logprob = None
     if teacher_hidden is not None:
-      teacher_logits = _logits(teacher_hidden, teacher_head, chunk)
+      teacher_logits = _logits(teacher_hidden, chunk.whole(teacher_head, walk.teacher_spec))
       teacher_logprob = teacher_logits - stats.teacher_peak[:, None] - stats.teacher_log_total[:, None]
     d_logits = _logits_gradient(grads, stats, logprob, teacher_logprob, chunk.ids == targets[:, None])
     d_logits = jnp.where(chunk.fresh, d_logits, 0.0).astype(matmul_dtype)
-    weight = chunk.of(head).astype(matmul_dtype)
+    weight = weight.astype(matmul_dtype)
     d_hidden += lax.dot_general(d_logits, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     d_weight = lax.dot_general(
       hidden.astype(matmul_dtype), d_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
+    d_weight = sum_and_cut(d_weight, walk.spec)
     # Every column is fresh once, so adding in the head's own dtype rounds each entry once.
     d_weight = chunk.of(d_head) + d_weight.astype(head.dtype)
     return d_hidden, lax.dynamic_update_slice_in_dim(d_head, d_weight, chunk.start, axis=1)
 
-  start = jnp.zeros(hidden.shape, jnp.float32), jnp.zeros_like(head)
-  d_hidden, d_head = lax.fori_loop(0, _num_chunks(columns, head.shape[1]), body, start)
+  start = varying.zeros(hidden.shape, jnp.float32, like=hidden), varying.zeros(head.shape, head.dtype, like=head)
+  d_hidden, d_head = lax.fori_loop(0, _num_chunks(walk.columns, head.shape[1]), body, start)
   return d_hidden.astype(hidden.dtype), d_head, None, None, None
 
 
@@ -197,8 +233,12 @@ class _Chunk(NamedTuple):
   ids: Int[Array, "1 C"]
   fresh: Bool[Array, "1 C"]
 
-  def of(self, head: Float[Array, "H V"]) -> Float[Array, "H C"]:
+  def of(self, head: Float[Array, "h V"]) -> Float[Array, "h C"]:
     return lax.dynamic_slice_in_dim(head, self.start, self.ids.shape[1], axis=1)
+
+  def whole(self, head: Float[Array, "h V"], spec: PartitionSpec) -> Float[Array, "H C"]:
+    """All rows of these columns, wherever they are."""
+    return gather(self.of(head), spec)
 
 
 def _num_chunks(columns: int, vocab_size: int) -> int:
@@ -211,8 +251,8 @@ def _chunk(i: Int[Array, ""], columns: int, vocab_size: int) -> _Chunk:
   return _Chunk(start, ids, ids >= i * columns)
 
 
-def _logits(hidden: Float[Array, "T H"], head: Float[Array, "H V"], chunk: _Chunk) -> Float[Array, "T C"]:
-  return jnp.dot(hidden, chunk.of(head).astype(hidden.dtype), preferred_element_type=jnp.float32)
+def _logits(hidden: Float[Array, "T H"], weight: Float[Array, "H C"]) -> Float[Array, "T C"]:
+  return jnp.dot(hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def _gradient_dtype(hidden: Float[Array, "T H"]) -> Any:
@@ -220,16 +260,18 @@ def _gradient_dtype(hidden: Float[Array, "T H"]) -> Any:
   return jnp.bfloat16 if hidden.dtype == jnp.bfloat16 else jnp.float32
 
 
-def _forward(columns, hidden, head, targets, teacher_hidden, teacher_head) -> tuple[TokenLosses, _Stats]:
+def _forward(walk: _Walk, hidden, head, targets, teacher_hidden, teacher_head) -> tuple[TokenLosses, _Stats]:
   def body(i, state):
-    chunk = _chunk(i, columns, head.shape[1])
-    teacher_logits = None if teacher_hidden is None else _logits(teacher_hidden, teacher_head, chunk)
-    return _accumulate(state, _logits(hidden, head, chunk), teacher_logits, chunk, targets)
+    chunk = _chunk(i, walk.columns, head.shape[1])
+    logits, teacher_logits = _logits(hidden, chunk.whole(head, walk.spec)), None
+    if teacher_hidden is not None:
+      teacher_logits = _logits(teacher_hidden, chunk.whole(teacher_head, walk.teacher_spec))
+    return _accumulate(state, logits, teacher_logits, chunk, targets)
 
-  zeros = jnp.zeros(hidden.shape[:1], jnp.float32)
-  nothing = _Sums(jnp.full_like(zeros, _LOWEST), zeros, zeros, zeros, jnp.full_like(zeros, jnp.nan))
+  zeros = varying.zeros(hidden.shape[:1], jnp.float32, like=hidden)
+  nothing = _Sums(zeros + _LOWEST, zeros, zeros, zeros, zeros + jnp.nan)
   start = nothing, None if teacher_hidden is None else nothing
-  return _finish(*lax.fori_loop(0, _num_chunks(columns, head.shape[1]), body, start))
+  return _finish(*lax.fori_loop(0, _num_chunks(walk.columns, head.shape[1]), body, start))
 
 
 class _Rise(NamedTuple):

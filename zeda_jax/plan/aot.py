@@ -1,0 +1,101 @@
+"""The TPU compiler on a machine without a TPU: where it is, what it must be told, and what it says of a program."""
+
+import importlib.util
+import math
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from zeda_jax.errors import ZedaError
+
+# What libtpu asks the machine for when there is no TPU in it. Set before JAX is imported.
+ENVIRONMENT = {
+  "JAX_PLATFORMS": "cpu",
+  "JAX_ENABLE_COMPILATION_CACHE": "0",  # programs for other machines do not belong there
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_LOG_DIR": "disabled",
+  "TPU_MIN_LOG_LEVEL": "3",
+}
+# Half the time to compile, with the same collectives. On slices of 2 x 2 chips the compiler crashes then when it sums a
+# small array and cuts it over all four.
+QUICKLY = {"exec_time_optimization_effort": -1.0}
+_TOO_FEW_TO_BE_QUICK = 4  # devices
+
+
+class Compiled(NamedTuple):
+  """What the compiler says of one device's program; `text` is None where it does not fit."""
+
+  arguments: float  # bytes
+  outputs: float  # bytes of results that do not replace arguments
+  temporaries: float
+  needed: float  # bytes in all, where the compiler refused the program as too large; else 0
+  text: str | None
+
+
+def find_libtpu() -> bool:
+  """Whether libtpu can be imported, after adding <environment>/libtpu to the path if it is there."""
+  beside = str(pathlib.Path(sys.prefix) / "libtpu")
+  if os.path.isdir(beside) and beside not in sys.path:
+    sys.path.append(beside)
+  return importlib.util.find_spec("libtpu") is not None
+
+
+def describe_devices(name: str) -> Sequence[Any]:
+  """The devices of a topology, for a mesh to compile for.
+
+  Raises:
+    ZedaError: the compiler does not know the topology, or another process holds it.
+  """
+  from jax.experimental import topologies
+
+  options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
+  try:
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+  except Exception as error:  # of many kinds, by version
+    message = str(error).splitlines()[0][:300]
+    raise ZedaError(
+      f"--topology={name}: the TPU compiler does not take it ({message}): choose another slice."
+    ) from error
+
+
+def compile_program(
+  function: Any, arguments: tuple[Any, ...], mesh: Any, static: dict[str, Any] | None = None
+) -> Compiled:
+  """Compiles a jitted function for the devices of the mesh.
+
+  Raises:
+    ZedaError: the compiler fails for another reason than memory.
+  """
+  import jax
+
+  with jax.set_mesh(mesh):
+    lowered = function.lower(*arguments, **(static or {}))
+    try:
+      compiled = lowered.compile(compiler_options=QUICKLY if mesh.size > _TOO_FEW_TO_BE_QUICK else None)
+    except jax.errors.JaxRuntimeError as error:
+      needed = _refused(str(error))
+      if not needed:
+        raise ZedaError(f"The TPU compiler fails: {' '.join(str(error).split())[:400]}") from error
+      return Compiled(0, 0, 0, needed, None)
+  memory = compiled.memory_analysis()
+  return Compiled(
+    arguments=memory.argument_size_in_bytes,
+    outputs=max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
+    temporaries=memory.temp_size_in_bytes,
+    needed=0,
+    text=compiled.as_text(),
+  )
+
+
+def _refused(message: str) -> float:
+  """Bytes that a program which was refused for its memory needs; 0 if that was not the reason."""
+  found = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", message)
+  if found is not None:
+    return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
+  return math.inf if "RESOURCE_EXHAUSTED" in message else 0

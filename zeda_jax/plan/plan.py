@@ -1,0 +1,282 @@
+"""One plan: a stage of the recipe on a topology, compiled or estimated."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+from jax.sharding import AbstractMesh
+
+from zeda_jax.config import ModelConfig
+from zeda_jax.errors import ZedaError
+from zeda_jax.plan import aot, estimate, work
+from zeda_jax.plan.chips import Topology
+from zeda_jax.plan.program import Sent, sent
+from zeda_jax.plan.roofline import Times, step_times
+from zeda_jax.plan.steps import (
+  Batch,
+  Models,
+  abstract_models,
+  rollout_program,
+  stage_batch,
+  train_arguments,
+  train_program,
+)
+from zeda_jax.sharding import MESH_AXES, Sharding, make_mesh, mesh_sizes, ragged_exchange
+
+RATIOS = (0.0, 0.5)  # r_ZE, for which times are given
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What one device needs and does in a step. Bytes and FLOPs are one device's."""
+
+  model: str
+  stage: str
+  topology: str
+  chips: int
+  devices: int
+  mesh: dict[str, int]
+  settings: dict[str, Any]  # those that decide memory
+  source: str  # "compiled" or "estimate"
+  rows: int  # that the recipe asks for
+  padded_rows: int
+  row_length: int
+  memory: dict[str, float]  # bytes by kind
+  needed: float
+  available: float
+  flops: dict[str, dict[str, float]]  # r_ZE -> kind -> FLOPs
+  traffic: list[Sent]  # at r_ZE 0
+  times: dict[str, Times]  # by r_ZE
+  tokens: int  # real rows' tokens in a step: of all devices
+
+  @property
+  def fits(self) -> bool:
+    return self.needed <= self.available
+
+  def step_flops(self, ratio: str) -> float:
+    """Of the real rows, on all devices."""
+    return sum(self.flops[ratio].values()) * self.devices * self.rows / self.padded_rows
+
+  @property
+  def idle_devices(self) -> int:
+    """Devices that have rows of padding alone."""
+    return max(self.devices - self.rows, 0)
+
+  def tokens_per_second_per_chip(self, ratio: str) -> float:
+    return self.tokens / self.times[ratio].step / self.chips
+
+
+def make_plan(
+  config: ml_collections.ConfigDict,
+  name: str,
+  model: ModelConfig,
+  topology: Topology,
+  stage: str,
+  prompt_tokens: int,
+  compiling: bool,
+) -> Plan:
+  """The plan of `config` as it is.
+
+  Raises:
+    ZedaError: the mesh, the experts or the rows do not fit the topology.
+  """
+  sizes = mesh_sizes(topology.devices, config.mesh.data, config.mesh.expert, model.num_experts)
+  mesh: Any
+  if compiling:
+    mesh = make_mesh(*sizes, num_experts=model.num_experts, devices=aot.describe_devices(topology.name))
+  else:
+    mesh = AbstractMesh(sizes, MESH_AXES)
+  sharding = Sharding(mesh, capacity=config.mesh.capacity)
+  batch = stage_batch(config, stage, prompt_tokens)
+  if batch.length > model.max_position_embeddings:
+    raise ZedaError(
+      f"Rows of {batch.length} tokens exceed the model's context of {model.max_position_embeddings}: lower "
+      f"config.{stage}.{'row_length' if stage == 'sft' else 'max_new_tokens'}."
+    )
+  training, ragged = stage != "rollout", ragged_exchange(topology.chip.kind, topology.devices)
+  models = abstract_models(config, model, sharding, config[stage].trainable if training else "all")
+  if training:
+    state = train_arguments(config, stage, models, batch, sharding)[0]
+    kinds = estimate.arguments(models, sharding, state.opt_state)
+    kinds |= estimate.train_temporaries(models, batch, sharding)
+    traffic = estimate.train_traffic(models, batch, sharding, ragged)
+  else:
+    kinds = estimate.arguments(models, sharding, None) | estimate.rollout_temporaries(models, batch, sharding)
+    traffic = estimate.rollout_traffic(models, batch, sharding, ragged)
+  source, needed = "estimate", sum(kinds.values())
+  if compiling:
+    compiled = _compile(config, stage, models, batch, sharding)
+    source, needed, kinds = "compiled", *_measured(kinds, compiled, _held(kinds))
+    if compiled.text is not None:
+      traffic = sent(compiled.text, sharding.capacity if sharding.expert_devices > 1 else 1.0)
+  flops = {str(r): _flops(config, stage, models, batch, topology.devices, r) for r in RATIOS}
+  devices = topology.devices
+  times = {}
+  for ratio in RATIOS:
+    total = sum(flops[str(ratio)].values()) / devices
+    moved = _memory_traffic(stage, models, batch, sharding, ratio)
+    times[str(ratio)] = step_times(topology, total, moved, _with_ratio(traffic, ratio, training))
+  return Plan(
+    model=name,
+    stage=stage,
+    topology=topology.name,
+    chips=topology.chips,
+    devices=devices,
+    mesh=dict(zip(MESH_AXES, sizes, strict=True)),
+    settings=deciding_settings(config, stage),
+    source=source,
+    rows=batch.rows,
+    padded_rows=batch.padded(devices),
+    row_length=batch.length,
+    memory=kinds,
+    needed=needed,
+    available=topology.memory,
+    flops={r: {kind: value / devices for kind, value in by.items()} for r, by in flops.items()},
+    traffic=traffic,
+    times=times,
+    tokens=batch.rows * (batch.length - (0 if training else batch.prompt)),
+  )
+
+
+def deciding_settings(config: ml_collections.ConfigDict, stage: str) -> dict[str, Any]:
+  """The settings that decide memory, by the name of their flag."""
+  names = ["remat", "mesh.data", "mesh.expert", "mesh.capacity"]
+  more = {
+    "sft": ("batch_size", "row_length", "accumulate", "trainable", "loss"),
+    "opd": ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "accumulate", "trainable", "loss"),
+    "rollout": ("batch_size", "max_new_tokens"),
+  }[stage]
+  values = config.to_dict()
+  found = {}
+  for name in (*names, *(f"{stage}.{m}" for m in more)):
+    value: Any = values
+    for part in name.split("."):
+      value = value[part]
+    found[name] = value
+  return found
+
+
+def _compile(
+  config: ml_collections.ConfigDict, stage: str, models: Models, batch: Batch, sharding: Sharding
+) -> aot.Compiled:
+  if stage == "rollout":
+    function, arguments, static = rollout_program(config, models, batch, sharding)
+    return aot.compile_program(function, arguments, sharding.mesh, static)
+  return aot.compile_program(*train_program(config, stage, models, batch, sharding), sharding.mesh)
+
+
+def _held(kinds: dict[str, float]) -> float:
+  return sum(kinds.get(name, 0.0) for name in ("parameters", "optimizer", "teacher"))
+
+
+def _measured(kinds: dict[str, float], compiled: aot.Compiled, held: float) -> tuple[float, dict[str, float]]:
+  """(bytes needed, bytes by kind), with what the compiler says in place of the estimated temporaries.
+
+  Arrays that student and teacher share are two arguments of the program and one in memory: arguments are counted from
+  the shapes, which the compiler's own number differs from by the batch and by padding of small arrays.
+  """
+  if compiled.needed:
+    return compiled.needed, kinds
+  temporaries = compiled.temporaries + compiled.outputs
+  chosen = lambda names: {name: kinds[name] for name in names if name in kinds}
+  named = chosen(("gradients", "activations", "cache"))
+  scale = min(1.0, temporaries / max(sum(named.values()), 1.0))
+  named = {name: value * scale for name, value in named.items()}
+  rest = {"temporaries": temporaries - sum(named.values())}
+  return held + temporaries, {**chosen(("parameters", "optimizer", "teacher")), **named, **rest}
+
+
+def _flops(
+  config: ml_collections.ConfigDict, stage: str, models: Models, batch: Batch, devices: int, ratio: float
+) -> dict[str, float]:
+  """Of all rows on all devices, by kind; empty rows too, since a device with rows of its own is what takes longest."""
+  rows = batch.padded(devices)
+  if stage == "rollout":  # the teacher's, which skips nothing
+    static = models.config.replace(num_zero_experts=0)
+    one = work.generation(static, batch.prompt, batch.length - batch.prompt)
+    return {kind: rows * value for kind, value in one._asdict().items()}
+  return work.training(models.config, rows, batch.length, config[stage].trainable, ratio)._asdict()
+
+
+def _memory_traffic(stage: str, models: Models, batch: Batch, sharding: Sharding, ratio: float) -> float:
+  if stage == "rollout":
+    return estimate.rollout_memory_traffic(models, batch, sharding)
+  return estimate.train_memory_traffic(models, batch, sharding, ratio)
+
+
+def _with_ratio(traffic: list[Sent], ratio: float, training: bool) -> list[Sent]:
+  """The student's rows fall with 1 - r_ZE; the teacher's, weights and whole buffers are always sent."""
+  student, teacher = (estimate.EXCHANGES[who] for who in ("student", "teacher"))
+  left = (student * (1 - ratio) + teacher) / (student + teacher) if training else 1.0
+  return [s._replace(bytes=s.bytes * left) if s.kind == "ragged-all-to-all" else s for s in traffic]
+
+
+def changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_collections.ConfigDict:
+  """A copy of the configuration with other values, by dotted name."""
+  copy = config.copy_and_resolve_references()
+  copy.update_from_flattened_dict(changes)
+  return copy
+
+
+def suggestions(
+  plan: Plan, config: ml_collections.ConfigDict, model: ModelConfig, again: Callable[..., Plan]
+) -> tuple[dict[str, Any], Plan] | None:
+  """The cheapest change that makes a misfit fit, and the plan with it; None where none of those tried does.
+
+  Tried one after the other, each on top of those before that helped: remat, parts of a batch, more devices for the
+  experts, training the routers alone. `again(config, compiling)` makes a plan; what the estimate calls hopeless is not
+  compiled.
+  """
+  compiling = plan.source == "compiled"
+  changes: dict[str, Any] = {}
+  best = again(config, False).needed
+  for name, value in _candidates(plan, config, model):
+    trial = {**changes, name: value} | ({"mesh.data": -1} if name == "mesh.expert" else {})
+    estimated = again(changed(config, trial), False)
+    if estimated.needed >= best:
+      continue
+    changes, best = trial, estimated.needed
+    if compiling and estimated.needed > 1.25 * plan.available:
+      continue
+    found = again(changed(config, trial), True) if compiling else estimated
+    if found.fits:
+      return changes, found
+  return None
+
+
+def faster_mesh(config: ml_collections.ConfigDict, plan: Plan, again: Callable[..., Plan]) -> Plan | None:
+  """The plan, estimated, of the mesh whose steps are shortest at r_ZE 0.5; None if it saves less than a twentieth."""
+  found = []
+  for expert in (2**i for i in range(12)):
+    try:
+      found.append(again(changed(config, {"mesh.expert": expert, "mesh.data": -1}), False))
+    except ZedaError:  # neither divides the devices nor the experts
+      continue
+  time = lambda p: p.times[str(RATIOS[-1])].step
+  now = again(config, False)
+  fitting = [p for p in found if p.needed < 0.9 * p.available and time(p) < 0.95 * time(now)]
+  return min(fitting, key=time, default=None)
+
+
+def _candidates(plan: Plan, config: ml_collections.ConfigDict, model: ModelConfig) -> list[tuple[str, Any]]:
+  found: list[tuple[str, Any]] = []
+  expert = plan.mesh["expert"]
+  wider = [
+    ("mesh.expert", n)
+    for n in (2**i for i in range(1, 12))
+    if n > expert and plan.devices % n == 0 and model.num_experts % n == 0
+  ]
+  if plan.stage == "rollout":
+    halves = int(math.log2(max(plan.padded_rows // plan.devices, 1)))
+    return [*(("rollout.batch_size", plan.padded_rows >> i) for i in range(1, halves + 1)), *wider]
+  if config.remat != "layer":
+    found.append(("remat", "layer"))
+  rows = -(-plan.rows // plan.devices)
+  parts = config[plan.stage].accumulate
+  found += [(f"{plan.stage}.accumulate", n) for n in range(parts + 1, rows + 1) if rows % n == 0 and plan.rows % n == 0]
+  found += wider
+  if config[plan.stage].trainable != "router":
+    found.append((f"{plan.stage}.trainable", "router"))
+  return found
