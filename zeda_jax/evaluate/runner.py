@@ -174,5 +174,6 @@ def _distances(student_graphdef, student_params, teacher_graphdef, teacher_param
     flat(teacher.hidden(*forward, zero_expert_bias=-jnp.inf).hidden),
     teacher.head(),
     mask=flat(batch["loss_mask"]) > 0,
+    sharding=student.config.sharding,
   )
   return jnp.stack([losses.forward_kl.sum(), losses.reverse_kl.sum(), -losses.logprob.sum()])
