@@ -123,3 +123,23 @@ def test_parts_of_whole_tiles_come_first():
   assert sharding.spec((), (128, 512)) == PartitionSpec("data", "expert")
   assert sharding.spec((), (100, 640)) == PartitionSpec(None, BOTH)  # none: the longest side
   assert sharding.spec(("experts",), (4, 100, 2048)) == PartitionSpec("expert", None, "data")
+
+
+@pytest.mark.parametrize(
+  "config, mesh, expert, share",
+  [
+    (QWEN3_30B_A3B, (16, 4), 64, 2 / 128),
+    (QWEN3_30B_A3B, (64, 4), 128, 1 / 128),
+    (GLM_4_7_FLASH, (256, 1), 64, 1 / 64),
+  ],
+)
+def test_generation_gathers_no_matrix(config, mesh, expert, share):
+  sharding = sharding_of(*mesh).for_generation(config.num_experts)
+  assert dict(sharding.mesh.shape) == {"data": mesh[0] * mesh[1] // expert, "expert": expert}
+  params = split_model(abstract_decoder(config.replace(sharding=None)))[1]
+  for path, place in jax.tree_util.tree_leaves_with_path(sharding.state(params)):
+    shape = (48, config.num_experts, 64, 64)
+    if any(getattr(key, "key", None) == "experts" for key in path):
+      assert np.prod(place.shard_shape(shape)) == share * np.prod(shape)
+    else:
+      assert place.is_fully_replicated

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from zeda_jax.errors import ZedaError
@@ -101,8 +101,21 @@ class Sharding:
   @property
   def ragged(self) -> bool:
     """Whether rows are exchanged by `ragged_all_to_all` on a TPU; meshes without devices say yes."""
-    devices = getattr(self.mesh, "devices", None)
+    devices = _devices(self.mesh)
     return devices is None or ragged_exchange(devices.flat[0].device_kind, devices.size)
+
+  def for_generation(self, num_experts: int) -> "Sharding":
+    """The same devices while tokens are generated, a few at a time: gathering matrices would take most of the time.
+
+    Experts are spread over as many devices as can share them evenly; everything else is whole on every device.
+    """
+    expert = math.gcd(self.num_devices, num_experts)
+    shape = (self.num_devices // expert, expert)
+    devices = _devices(self.mesh)
+    mesh: Any = AbstractMesh(shape, MESH_AXES)
+    if devices is not None:
+      mesh = Mesh(devices.reshape(shape), MESH_AXES, axis_types=self.mesh.axis_types)
+    return dataclasses.replace(self, mesh=mesh, rules=dataclasses.replace(self.rules, expert_matrix=(), parameter=()))
 
   def spec(self, path: Sequence[Any], shape: Sequence[int]) -> PartitionSpec:
     """How the parameter at `path` is cut; stacked over layers if the path starts with "runs".
@@ -189,6 +202,8 @@ class Sharding:
     Parts of whole tiles come first, and among them parts of rows, which alone are reduce-scattered without a copy.
     Where no cut gives whole tiles, the longest side that divides is cut along all axes, or along one of them.
     """
+    if self._ways(axes) == 1:
+      return
     if len(places) > 1:
       rows, columns = places[-2], places[-1]
       for chosen in ({rows: axes}, {columns: axes}, {rows: axes[:1], columns: axes[1:]}):
@@ -205,6 +220,10 @@ class Sharding:
 
   def _whole_tiles(self, shape: Sequence[int], place: int, axes: tuple[str, ...]) -> bool:
     return shape[place] % (self._ways(axes) * _TILE[place - len(shape)]) == 0
+
+
+def _devices(mesh: Any) -> np.ndarray | None:
+  return None if isinstance(mesh, AbstractMesh) else mesh.devices
 
 
 def gather(part: Array, spec: PartitionSpec) -> Array:

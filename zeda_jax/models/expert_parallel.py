@@ -81,7 +81,7 @@ def _run_on_device(sharding: Sharding, backend: str | None, x, picks, weights, g
   if devices == 1:  # every device has all experts
     return run_experts(x, picks, weights, gate_up, down, backend), Exchange(jnp.int32(0), jnp.int32(1))
   even = picks.size / devices
-  capacity = min(-(-int(even * sharding.capacity + 0.5) // _ROWS) * _ROWS, picks.size)
+  capacity = min(-(-max(int(even * sharding.capacity + 0.5), 1) // _ROWS) * _ROWS, picks.size)
   options = _Options(devices, capacity, axes, sharding.mesh.axis_names, sharding.ragged, backend)
   with jax.named_scope("dispatch"):
     plan = _make_plan(picks, gate_up.shape[0], options)

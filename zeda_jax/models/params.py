@@ -1,5 +1,6 @@
 """A model as (graphdef, params): a plain nested dict of arrays, which pure functions can split and mix."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ from flax import nnx, traverse_util
 
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import Decoder, abstract_decoder
+from zeda_jax.sharding import Sharding
 
 Params = dict[Any, Any]
 Path = tuple[Any, ...]
@@ -28,6 +30,17 @@ def reconfigured(model: Decoder, **changes: object) -> Decoder:
   """`model` with other ModelConfig fields; the parameters are shared, so the fields may not change their shapes."""
   graphdef, _ = nnx.split(abstract_decoder(model.config.replace(**changes)))
   return merge_model(graphdef, split_model(model)[1])
+
+
+def resharded(model: Decoder, sharding: Sharding) -> Decoder:
+  """A copy of a sharded `model`, its parameters where another sharding of the same devices wants them."""
+  graphdef, params = split_model(reconfigured(model, sharding=sharding))
+  return merge_model(graphdef, _moved(params, sharding))
+
+
+@functools.partial(jax.jit, static_argnames="sharding")
+def _moved(params: Params, sharding: Sharding) -> Params:
+  return jax.lax.with_sharding_constraint(params, sharding.state(params))
 
 
 def partition(params: Params, chosen: Callable[[Path], bool]) -> tuple[Params, Params]:

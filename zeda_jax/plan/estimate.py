@@ -125,19 +125,12 @@ def rollout_temporaries(models: Models, batch: Batch, sharding: Sharding) -> dic
 
 
 def rollout_traffic(models: Models, batch: Batch, sharding: Sharding, ragged: bool = True) -> list[Sent]:
-  """What one device sends until all rows are generated: each token gathers every layer's matrices."""
+  """What one device sends until all rows are generated: rows alone, for matrices stay where they are."""
   config, (data, expert) = models.config, _sizes(sharding)
-  size = jnp.dtype(config.dtype).itemsize
-  experts, others = _parts(models.teacher_params)
-  everything, passes = data * expert, batch.length - batch.prompt + 1
-  of = lambda group, numbers: (group - 1) / group * numbers
-  head = config.vocab_size * config.hidden_size
-  gathered = passes * (of(data, experts / expert) + of(everything, others + head)) * size
-  rows = batch.rows_at_once(everything) * batch.length * config.num_experts_per_tok
-  exchanged = 2 * sum(config.moe_layers) * of(expert, rows * config.hidden_size) * size
-  rows_sent = _rows(expert, exchanged, sharding, ragged)
-  found = [Sent("all-gather", data if data > 1 else everything, gathered), rows_sent]
-  return [s for s in found if s.bytes > 0]
+  rows = batch.rows_at_once(data * expert) * batch.length * config.num_experts_per_tok
+  size = rows * config.hidden_size * jnp.dtype(config.dtype).itemsize
+  exchanged = 2 * sum(config.moe_layers) * (expert - 1) / expert * size
+  return [_rows(expert, exchanged, sharding, ragged)] if exchanged else []
 
 
 def train_memory_traffic(models: Models, batch: Batch, sharding: Sharding, zero_ratio: float = 0.0) -> float:
@@ -163,7 +156,7 @@ def rollout_memory_traffic(models: Models, batch: Batch, sharding: Sharding) -> 
   size = jnp.dtype(models.config.dtype).itemsize
   whole = experts / sharding.expert_devices + others + models.config.vocab_size * models.config.hidden_size
   cache = rollout_temporaries(models, batch, sharding)["cache"]
-  return (batch.length - batch.prompt) * (2 * whole * size + cache / 2)
+  return (batch.length - batch.prompt) * (whole * size + cache / 2)
 
 
 def arguments(models: Models, sharding: Sharding, optimizer_state: Any | None) -> dict[str, float]:

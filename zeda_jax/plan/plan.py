@@ -96,6 +96,9 @@ def make_plan(
       f"config.{stage}.{'row_length' if stage == 'sft' else 'max_new_tokens'}."
     )
   training, ragged = stage != "rollout", ragged_exchange(topology.chip.kind, topology.devices)
+  if not training:
+    sharding = sharding.for_generation(model.num_experts)
+    sizes = sharding.mesh.shape["data"], sharding.mesh.shape["expert"]
   models = abstract_models(config, model, sharding, config[stage].trainable if training else "all")
   if training:
     state = train_arguments(config, stage, models, batch, sharding)[0]
@@ -262,15 +265,15 @@ def faster_mesh(config: ml_collections.ConfigDict, plan: Plan, again: Callable[.
 
 def _candidates(plan: Plan, config: ml_collections.ConfigDict, model: ModelConfig) -> list[tuple[str, Any]]:
   found: list[tuple[str, Any]] = []
+  if plan.stage == "rollout":
+    halves = int(math.log2(max(plan.padded_rows // plan.devices, 1)))
+    return [("rollout.batch_size", plan.padded_rows >> i) for i in range(1, halves + 1)]
   expert = plan.mesh["expert"]
   wider = [
     ("mesh.expert", n)
     for n in (2**i for i in range(1, 12))
     if n > expert and plan.devices % n == 0 and model.num_experts % n == 0
   ]
-  if plan.stage == "rollout":
-    halves = int(math.log2(max(plan.padded_rows // plan.devices, 1)))
-    return [*(("rollout.batch_size", plan.padded_rows >> i) for i in range(1, halves + 1)), *wider]
   if config.remat != "layer":
     found.append(("remat", "layer"))
   rows = -(-plan.rows // plan.devices)

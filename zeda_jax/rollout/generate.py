@@ -15,6 +15,7 @@ from zeda_jax.distributed import on_mesh, spread_rows, to_host
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.cache import Cache, init_cache
 from zeda_jax.models.decoder import Decoder, HiddenOutput
+from zeda_jax.models.params import resharded
 from zeda_jax.rollout.sampling import Sampling, sample
 from zeda_jax.sharding import Sharding
 
@@ -142,7 +143,8 @@ def generate(
 ) -> list[Sample]:
   """Samples one response per prompt.
 
-  With a sharded model the sequences are shared out over all devices of its mesh. Where there are several processes, all
+  With a sharded model the sequences are shared out over all devices, and a copy of its parameters is spread for this
+  (`Sharding.for_generation`). Where there are several processes, all
   must call this with the same arguments, and all get all samples.
 
   Args:
@@ -168,8 +170,11 @@ def generate(
   _check(model, prompts, max_new_tokens)
   eos = model.config.eos_token_ids if eos_id is None else eos_id
   eos_ids = tuple(int(token) for token in np.atleast_1d(eos))
-  graphdef, state = nnx.split(model)
   sharding = model.config.sharding
+  if sharding is not None:
+    sharding = sharding.for_generation(model.config.num_experts)
+    model = resharded(model, sharding)
+  graphdef, state = nnx.split(model)
   rows = batch_size if sharding is None else -(-batch_size // sharding.num_devices) * sharding.num_devices
   base = jax.random.key(seed)
   streams = np.arange(len(prompts)) if stream_ids is None else np.asarray(stream_ids)
