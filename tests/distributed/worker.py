@@ -45,8 +45,9 @@ def train(flags):
 
   data, expert = map(int, flags.mesh.split("x"))
   sharding = Sharding(make_mesh(data, expert), rules=Rules(replicated_below=0))
-  teacher = reconfigured(tiny_model(num_experts=8, moe_layers=(True,)), sharding=sharding)
-  (student, params), (frozen_def, teacher_params) = split_model(inject(teacher)), split_model(teacher)
+  static = tiny_model(num_experts=8, moe_layers=(True,))
+  student, params = split_model(reconfigured(inject(static), sharding=sharding))
+  frozen_def, teacher_params = split_model(reconfigured(static, sharding=sharding))
   trained, frozen = trainable_partition(params, "all")
   transform = make_optimizer(OPTIMIZER, flags.steps)
 
@@ -58,8 +59,7 @@ def train(flags):
     )
 
   reference = Reference(onto_mesh(frozen), onto_mesh(teacher_params), BALANCE)
-  state = jax.eval_shape(lambda: init_state(trained, transform, 0))
-  state = jax.jit(lambda: init_state(trained, transform, 0), out_shardings=sharding.state(state))()
+  state = init_state(onto_mesh(trained), transform, 0, sharding)
   step = make_train_step(student, frozen_def, Objective(), OPTIMIZER, flags.steps)
   me, count = jax.process_index(), jax.process_count()
   done = 0

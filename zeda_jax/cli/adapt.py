@@ -24,8 +24,8 @@ usage: zeda {command} --config=configs/tiny.py --config.teacher=DIR --config.pro
     --config.evaluate.num_prompts=256    held out of the prompts, or --config.evaluate.prompts=FILE
     --config.export.plain=True           also student-plain/, for engines without zero experts
 
-zeda_jax/distill/recipe.py lists every setting. SIGTERM and Ctrl-C save and exit 0, or with the number
-in ZEDA_EXIT_WHEN_STOPPED, by which a launcher knows that the command must run again.
+zeda_jax/distill/recipe.py lists every setting. SIGTERM and Ctrl-C save and exit 0, or as
+ZEDA_EXIT_WHEN_STOPPED says, by which a launcher knows that the command must run again.
 
 Several processes as one run: start this command once for each. Cloud TPU and GKE, srun and Open MPI
 say how many there are and where; elsewhere give all of these (or JAX_COORDINATOR_ADDRESS,
