@@ -20,7 +20,9 @@ from tests.recipe_files import (
   write_teacher,
   zeda,
 )
+from zeda_jax.cli.main import main
 from zeda_jax.data.jsonl import JsonLines
+from zeda_jax.distill.trainer import StoppedEarly
 
 STAGES = ("rollout", "sft", "opd", "export", "evaluate")
 
@@ -142,6 +144,18 @@ def test_sigterm_exits_0_with_a_sentence(files, tmp_path):
   assert (status, err) == (0, "")
   assert out.splitlines()[-1].startswith("zeda adapt: stopped ")
   assert out.splitlines()[-1].endswith("; run the same command again to go on.")
+
+
+@pytest.mark.parametrize("variable, status", [(None, 0), ("75", 75)])
+def test_a_launcher_can_tell_stopped_from_finished(monkeypatch, tmp_path, variable, status):
+  def stop(*args, **kwargs):
+    raise StoppedEarly("stopped after step 3.")
+
+  monkeypatch.setattr("zeda_jax.distill.adapt.adapt", stop)
+  monkeypatch.delenv("ZEDA_EXIT_WHEN_STOPPED", raising=False)
+  if variable is not None:
+    monkeypatch.setenv("ZEDA_EXIT_WHEN_STOPPED", variable)
+  assert main(["adapt", "--config=configs/tiny.py", f"--config.workdir={tmp_path}"]) == status
 
 
 @pytest.mark.slow
