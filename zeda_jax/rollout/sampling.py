@@ -129,8 +129,10 @@ def _cut_top(logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[
 
 def _ordered(x: Float[Array, "*b"]) -> Int[Array, "*b"]:
   """Integers in the same order as the numbers."""
-  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32) + 0.0, jnp.int32)  # + 0.0: there is one zero only
-  return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
+  limits = jnp.iinfo(jnp.int32)
+  bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+  bits = jnp.where(bits == limits.min, 0, bits)  # -0.0 equals 0.0
+  return jnp.where(bits < 0, bits ^ limits.max, bits)
 
 
 def _last_true(holds: Callable[[Int[Array, " B"]], Bool[Array, " B"]], rows: int) -> Int[Array, " B"]:
