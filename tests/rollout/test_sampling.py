@@ -158,8 +158,9 @@ def test_rows_draw_what_sample_draws_with_their_setting():
   tokens, logprobs, drawn = jax.jit(sample_rows)(logits, keys, row_sampling(settings))
   for i, setting in enumerate(settings):
     expected = sample(logits[i : i + 1], keys[i : i + 1], Sampling(*setting))
-    assert (tokens[i], logprobs[i]) == (expected[0][0], pytest.approx(expected[1][0], abs=1e-6))
+    assert tokens[i] == expected[0][0]
+    np.testing.assert_allclose(logprobs[i], expected[1][0], rtol=0, atol=1e-6)
     under = 0.0 if setting[0] == 0 else np.log(plain_distribution(logits[i], *setting)[tokens[i]])
-    assert drawn[i] == pytest.approx(under, abs=1e-5)
+    np.testing.assert_allclose(drawn[i], under, rtol=0, atol=1e-5)
   greedy = row_sampling([(0.0, 0, 1.0)] * len(settings))
   np.testing.assert_array_equal(jax.jit(sample_rows)(logits, keys, greedy)[0], logits.argmax(axis=1))

@@ -161,7 +161,8 @@ class Engine:
     """
     _check_same(self._params, params)
     self._scheduler.preempt_all()
-    self._params = jax.device_put(params, jax.tree.map(lambda old: old.sharding, self._params))
+    moved = lambda new, old: new if new.sharding == old.sharding else jax.device_put(new, old.sharding)
+    self._params = jax.tree.map(moved, params, self._params)
 
   # --- work ---------------------------------------------------------------------------------------------------------
 
