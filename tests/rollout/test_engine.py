@@ -25,6 +25,7 @@ PROMPTS = [RNG.integers(0, 64, length).tolist() for length in (5, 16, 1, 17, 30,
 NEW = 20
 # The same for all, and picks always recorded where no other truth is needed: every other shape is compiled anew.
 SIZES = {"num_slots": 4, "page_size": 4, "chunk_steps": 8, "max_length": 56, "prefill_tokens": 64}
+SIZES |= {"unstack_layers": False}
 ask = functools.partial(Request, record_picks=True)
 
 

@@ -29,7 +29,7 @@ from zeda_jax.distributed import to_host
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import Decoder
 from zeda_jax.models.paged_cache import init_pages, page_bytes
-from zeda_jax.models.params import Params, split_model
+from zeda_jax.models.params import Params, split_model, unstacked
 from zeda_jax.rollout.decoding import Chunk, Reading, copy_pages, decode, prefill
 from zeda_jax.rollout.inputs import make_copies, make_rows, make_slots
 from zeda_jax.rollout.pages import pages_for
@@ -54,6 +54,8 @@ class Engine:
     chunk_steps: decode steps between two looks at the results: more cost less time on the host, and make a finished
       response's slot wait longer for the next one.
     prefill_tokens: about how many tokens are read at once, padding included; a longer prompt is read alone.
+    unstack_layers: keep another copy of the parameters, by layer (see `unstacked`): decoding is faster for it, and
+      compiling takes longer with many layers. None: on a CPU.
 
   Raises:
     ZedaError: a size is not positive, or the slots cannot be shared out over the mesh.
@@ -69,6 +71,7 @@ class Engine:
     page_size: int = 32,
     chunk_steps: int = 16,
     prefill_tokens: int = 2048,
+    unstack_layers: bool | None = None,
   ):
     config = model.config
     self.config = config
@@ -89,7 +92,13 @@ class Engine:
     while buckets[-1] < self.max_length:
       buckets.append(2 * buckets[-1])
     self._scheduler = Scheduler(num_slots, num_pages, page_size, buckets, prefill_tokens, chunk_steps, shards)
-    self._graphdef, self._params = split_model(model)
+    if unstack_layers is None:
+      unstack_layers = config.sharding is None and jax.default_backend() == "cpu"
+    self._unstack = unstack_layers
+    self._stacked_graphdef, params = split_model(model)
+    # What `update` expects: shape, type and place of each parameter.
+    self._expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+    self._set_params(params)
     self._pages = init_pages(config, num_pages, page_size)
     self._width = pages_for(self.max_length, page_size)
     self._num_stop_ids = 4
@@ -148,7 +157,8 @@ class Engine:
     )
 
   def update(self, params: Params) -> None:
-    """Takes other parameters of the same model, without compiling anything or copying what lies where it should.
+    """Takes other parameters of the same model, without compiling anything or (unless layers are unstacked) copying
+    what lies where it should.
 
     Requests go on: what they sampled stays, and their caches are made anew with the new parameters. The arrays must
     live as long as the engine uses them: one that a training step donates must be followed by another update.
@@ -159,10 +169,15 @@ class Engine:
     Raises:
       ZedaError: a parameter is missing, or has another shape or type.
     """
-    _check_same(self._params, params)
+    _check_same(self._expected, params)
     self._scheduler.preempt_all()
     moved = lambda new, old: new if new.sharding == old.sharding else jax.device_put(new, old.sharding)
-    self._params = jax.tree.map(moved, params, self._params)
+    self._set_params(jax.tree.map(moved, params, self._expected))
+
+  def _set_params(self, params: Params) -> None:
+    self._graphdef, self._params = self._stacked_graphdef, params
+    if self._unstack:
+      self._graphdef, self._params = unstacked(self._stacked_graphdef, params)
 
   # --- work ---------------------------------------------------------------------------------------------------------
 
@@ -291,5 +306,5 @@ def _check_same(old: Params, new: Params) -> None:
       raise ZedaError(f"update: parameter {name} is {shapes[1]}; expected {shapes[0]}, as the engine's model has it.")
 
 
-def _kind(leaf: jax.Array | None) -> str:
+def _kind(leaf: jax.Array | jax.ShapeDtypeStruct | None) -> str:
   return "missing" if leaf is None else f"{leaf.dtype}{list(leaf.shape)}"
