@@ -90,12 +90,15 @@ def blocks(
     value = jnp.where(mask[:, None, :, None], value, 0)  # 0 * NaN would be NaN
     logits = jnp.einsum("imqd,imgd->imqg", query[row], key, preferred_element_type=jnp.float32)
     logits = jnp.where(mask[:, None, None], logits, _MASKED)
-    new_largest = largest.at[row].max(logits.max(axis=-1))
+    # Sums over the items of each row are products with 0 and 1: scatters are loops over the items on a CPU.
+    of_row = row == jnp.arange(batch)[:, None]  # [B, I]
+    best = jnp.where(of_row[:, :, None, None], logits.max(axis=-1), _MASKED).max(axis=1)
+    new_largest = jnp.maximum(largest, best)
     weights = jnp.where(mask[:, None, None], jnp.exp(logits - new_largest[row][..., None]), 0)
     part = jnp.einsum("imqg,imgv->imqv", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
     shrink = jnp.exp(largest - new_largest)
-    out = (shrink[..., None] * out).at[row].add(part)
-    return out, (shrink * total).at[row].add(weights.sum(axis=-1)), new_largest
+    add = functools.partial(jnp.einsum, "bi,i...->b...", of_row.astype(jnp.float32), precision="highest")
+    return shrink[..., None] * out + add(part), shrink * total + add(weights.sum(axis=-1)), new_largest
 
   nothing = zeros(query.shape[:3], jnp.float32, like=query)
   start = (zeros((*query.shape[:3], width), jnp.float32, like=query), nothing, nothing + _MASKED)
