@@ -62,7 +62,7 @@ def hf_generate(stock, prompts, eos):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("kind", [pytest.param("static", marks=pytest.mark.slow), "dynamic"])
 def test_greedy_equals_transformers_for_forty_prompts_at_once(tmp_path, family, kind):
   stock = hf_model(model_type=family, **FAMILIES[family])
   stock.save_pretrained(tmp_path / "stock")

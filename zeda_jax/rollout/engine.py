@@ -68,7 +68,7 @@ class Engine:
     num_slots: int = 16,
     max_tokens: int | None = None,
     max_length: int | None = None,
-    page_size: int = 32,
+    page_size: int = 64,
     chunk_steps: int = 16,
     prefill_tokens: int = 2048,
     unstack_layers: bool | None = None,
