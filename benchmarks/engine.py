@@ -200,7 +200,7 @@ def main() -> None:
   parser.add_argument("--requests", type=int, default=64)
   parser.add_argument("--slots", type=int, nargs="+", default=[32, 64])
   parser.add_argument("--chunk-steps", type=int, default=16)
-  parser.add_argument("--skipping-slots", type=int, nargs="*", default=[4, 16, 64])
+  parser.add_argument("--skipping-slots", type=int, nargs="*", default=[4, 16])
   parser.add_argument("--repeats", type=int, default=1)
   parser.add_argument("--out", type=pathlib.Path, help="also write the tables to this file")
   args = parser.parse_args()
