@@ -88,6 +88,7 @@ class ModelConfig:
   dtype: str = "float32"  # of the activations; parameters carry their own
   remat: str = "none"  # what the backward pass recomputes instead of storing it: see REMAT
   scan_unroll: int = 1  # layers per iteration of the scan; small models run faster unrolled
+  stack_layers: bool = True  # False: every layer is a run of its own, and its parameters arrays of their own
   sharding: "Sharding | None" = None  # over which devices the model is spread, and how; None means it is not
   # Training-free baselines, as routing options (see zero_experts.route):
   execute_top_k: int | None = None  # run only the best k of the K picks; weights stay normalised over all K
@@ -110,7 +111,7 @@ class ModelConfig:
     """The layers as runs of equal kind, in order; Qwen3-30B-A3B is one run of 48."""
     runs: list[LayerRun] = []
     for i, is_moe in enumerate(self.moe_layers):
-      if runs and runs[-1].is_moe == is_moe:
+      if self.stack_layers and runs and runs[-1].is_moe == is_moe:
         runs[-1] = runs[-1]._replace(length=runs[-1].length + 1)
       else:
         runs.append(LayerRun(is_moe, i, 1))

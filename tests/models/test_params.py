@@ -1,10 +1,19 @@
 import jax
+import numpy as np
 import pytest
 
-from tests.tiny_models import GLM, random_tokens, tiny_model
+from tests.tiny_models import GLM, forward, random_tokens, tiny_model
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import inject
-from zeda_jax.models.params import combine, merge_model, partition, reconfigured, split_model, trainable_partition
+from zeda_jax.models.params import (
+  combine,
+  merge_model,
+  partition,
+  reconfigured,
+  split_model,
+  trainable_partition,
+  unstacked,
+)
 
 PATHS = {
   "router": {"weight", "zero_weight"},
@@ -71,3 +80,13 @@ def test_reconfigured_shares_the_arrays_and_changes_the_routing():
   assert all(after[path] is before[path] for path in before)
   assert (model.config.num_experts_per_tok, other.config.num_experts_per_tok) == (2, 1)
   assert jax.eval_shape(other, random_tokens((1, 8))).picks.shape == (2, 1, 8, 1)
+
+
+def test_unstacked_layers_compute_the_same():
+  model = tiny_model(moe_layers=(False, True, True, True))
+  graphdef, params = unstacked(*split_model(model))
+  other = merge_model(graphdef, params)
+  assert [run.length for run in other.config.layer_runs] == [1] * 4
+  assert params["runs"][3]["mlp"]["router"]["weight"].shape == (1, 6, 32)
+  tokens = random_tokens((2, 9))
+  np.testing.assert_allclose(forward(other, tokens).logits, forward(model, tokens).logits, rtol=1e-5, atol=1e-5)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from zeda_jax.errors import ZedaError
-from zeda_jax.rollout.sampling import Sampling, filter_logits, sample
+from zeda_jax.rollout.sampling import RowSampling, Sampling, filter_logits, filter_rows, sample, sample_rows
 
 
-def plain_distribution(logits, temperature, top_k, top_p):
+def plain_distribution(logits, temperature, top_k, top_p, min_p=0.0):
   """Probabilities of one row's tokens, in float64."""
   scaled = np.asarray(logits, np.float64) / temperature
   order = list(np.argsort(-scaled, kind="stable"))
@@ -23,6 +23,7 @@ def plain_distribution(logits, temperature, top_k, top_p):
   while kept < len(order) and (kept == 0 or mass < top_p):
     mass += probabilities[kept]
     kept += 1
+  kept = max(1, sum(probabilities[:kept] >= min_p * probabilities[0]))
   out = np.zeros(len(scaled))
   out[order[:kept]] = probabilities[:kept] / probabilities[:kept].sum()
   return out
@@ -37,6 +38,8 @@ SETTINGS = [
   (1.0, 1, 1.0),
   (1.0, 0, 1e-6),
   (1.0, 99, 1.0),
+  (1.3, 0, 1.0, 0.2),
+  (0.7, 6, 0.9, 0.05),
 ]
 
 
@@ -108,9 +111,56 @@ def test_a_row_draws_from_its_own_key():
     ({"top_p": 0.0}, "top_p is 0.0; expected more than 0 and at most 1"),
     ({"top_p": 1.5}, "top_p is 1.5; expected more than 0"),
     ({"top_p": float("nan")}, "top_p is nan; expected more than 0"),
+    ({"min_p": -0.1}, "min_p is -0.1; expected 0"),
   ],
   ids=str,
 )
 def test_bad_settings(setting, words):
   with pytest.raises(ZedaError, match=words):
     Sampling(**setting)
+
+
+# --- one setting per row ------------------------------------------------------------------------------------------
+
+
+def row_sampling(settings):
+  temperature, top_k, top_p, min_p = zip(*((*s, *(0.0,) * (4 - len(s))) for s in settings), strict=True)
+  wide = lambda column: np.array(column, np.float32)
+  return RowSampling(wide(temperature), np.array(top_k, np.int32), wide(top_p), wide(min_p))
+
+
+ROW_FILTER = jax.jit(filter_rows)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(seed=st.integers(0, 2**16), steps=st.sampled_from([4, 1000]), scale=st.sampled_from([0.1, 2.0, 20.0]))
+def test_rows_with_their_own_settings_keep_what_numpy_keeps(seed, steps, scale):
+  rng = np.random.default_rng(seed)
+  settings = [SETTINGS[i] for i in rng.integers(0, len(SETTINGS), 5)]
+  logits = np.stack([rng.permutation(12) for _ in range(5)]) + rng.integers(0, steps, (5, 12)) / (2.0 * steps)
+  logits = (scale / 12 * (logits - 5)).astype(np.float32)  # all different, and both signs
+  kept = np.isfinite(ROW_FILTER(logits, row_sampling(settings)))
+  for row, keep, setting in zip(logits, kept, settings, strict=True):
+    np.testing.assert_array_equal(keep, plain_distribution(row, *setting) > 0)
+
+
+def test_equal_tokens_are_kept_together_as_by_filter_logits():
+  logits = np.array([[1.0, 1.0, 0.0, -0.0, 3.0, 1.0]], np.float32)
+  for setting in ((1.0, 2, 1.0), (1.0, 0, 0.75), (1.0, 5, 0.9), (1.0, 5, 1.0)):
+    expected = filter_logits(jnp.asarray(logits), Sampling(*setting))
+    np.testing.assert_array_equal(ROW_FILTER(logits, row_sampling([setting])), expected)
+
+
+def test_rows_draw_what_sample_draws_with_their_setting():
+  settings = [*SETTINGS, (0.0, 0, 1.0), (0.0, 3, 0.5)]
+  logits = 2 * np.random.default_rng(0).standard_normal((len(settings), 50)).astype(np.float32)
+  keys = jax.random.split(jax.random.key(0), len(settings))
+  tokens, logprobs, drawn = jax.jit(sample_rows)(logits, keys, row_sampling(settings))
+  for i, setting in enumerate(settings):
+    expected = sample(logits[i : i + 1], keys[i : i + 1], Sampling(*setting))
+    assert tokens[i] == expected[0][0]
+    np.testing.assert_allclose(logprobs[i], expected[1][0], rtol=0, atol=1e-6)
+    under = 0.0 if setting[0] == 0 else np.log(plain_distribution(logits[i], *setting)[tokens[i]])
+    np.testing.assert_allclose(drawn[i], under, rtol=0, atol=1e-5)
+  greedy = row_sampling([(0.0, 0, 1.0)] * len(settings))
+  np.testing.assert_array_equal(jax.jit(sample_rows)(logits, keys, greedy)[0], logits.argmax(axis=1))

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from zeda_jax.config import ModelConfig
 from zeda_jax.models.cache import Cache, KVCache, update_cache
 from zeda_jax.models.layers import Linear, RMSNorm, apply_rope
+from zeda_jax.models.paged_cache import PagedCache
 from zeda_jax.ops.attention import attention, cached_attention
 
 
@@ -48,6 +49,12 @@ class Attention(nnx.Module):
     query, key = apply_rope(query, rope), apply_rope(key, rope)
     if cache is None:
       out = attention(query, key, value, segment_ids)
+    elif isinstance(cache, PagedCache):
+      cache = cache.write(layer, positions, segment_ids, key, value)
+      if cache.fresh:
+        out = attention(query, key, value, segment_ids)
+      else:
+        out = cache.attend(query, layer, positions, segment_ids)
     else:
       assert isinstance(cache, KVCache)
       cache, key, value = update_cache(cache, layer, positions, key, value)

@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from zeda_jax.config import ModelConfig
+from zeda_jax.models.paged_cache import PagedCache
 
 
 @struct.dataclass
@@ -32,10 +33,10 @@ class LatentCache:
     return self.latents.shape[2]
 
 
-Cache = KVCache | LatentCache
+Cache = KVCache | LatentCache | PagedCache
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype | None = None) -> Cache:
+def init_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype | None = None) -> KVCache | LatentCache:
   """An empty cache of the kind that the model's attention wants; `dtype` defaults to the activations'.
 
   Its rows are shared out over the devices of the model's sharding, where they divide evenly.

@@ -6,6 +6,10 @@ from jaxtyping import Array, Float, Int
 
 from zeda_jax.ops.grouped_matmul import grouped_matmul, grouped_swiglu
 
+# Scatters are loops over their indices on a CPU: while decoding, comparing and sorting take less.
+_FEW_COUNTS = 2**18  # picks times experts
+_FEW_PICKS = 2**10
+
 
 def run_experts(
   x: Float[Array, "T H"],
@@ -29,9 +33,13 @@ def run_experts(
     order = jnp.argsort(ids, stable=True)  # sorted row -> (token, slot)
     # (token, slot) -> sorted row. The picks that take no expert all look at the last row: if there are any, it is one
     # of theirs, hence 0, and reading one row again costs little.
-    row_of = jnp.where(ids < num_experts, inverse(order), order.size - 1).reshape(picks.shape)
+    places = jnp.argsort(order) if order.size <= _FEW_PICKS else inverse(order)
+    row_of = jnp.where(ids < num_experts, places, order.size - 1).reshape(picks.shape)
     # group_sizes[e] = sum(ids == e)
-    group_sizes = jnp.bincount(ids, length=num_experts + 1)[:num_experts].astype(jnp.int32)
+    if ids.size * num_experts <= _FEW_COUNTS:
+      group_sizes = (ids[:, None] == jnp.arange(num_experts)).sum(axis=0, dtype=jnp.int32)
+    else:
+      group_sizes = jnp.bincount(ids, length=num_experts + 1)[:num_experts].astype(jnp.int32)
     rows = _dispatch(x, order, row_of)
   with jax.named_scope("experts"):
     act = grouped_swiglu(rows, gate_up, group_sizes, backend=backend)

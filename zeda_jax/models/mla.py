@@ -11,6 +11,7 @@ token: it is attention with a single key/value head of kv_lora_rank + rope_head_
 cache in the form that takes fewer FLOPs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from zeda_jax.config import MLAConfig, ModelConfig, RopeConfig
 from zeda_jax.models.cache import Cache, LatentCache, update_latents
 from zeda_jax.models.layers import Linear, RMSNorm, apply_rope, yarn_mscale
+from zeda_jax.models.paged_cache import PagedCache
 from zeda_jax.ops.attention import attention, cached_attention
 
 _LATENT_EPS = 1e-6  # of the two latent norms, whatever the model's rms_norm_eps is
@@ -60,11 +62,15 @@ class MLA(nnx.Module):
     query, latents = self._queries(x, rope), self._latents(x, rope)
     if cache is None:
       out = attention(query, *self._expanded(latents), segment_ids, scale=self.scale)
+    elif isinstance(cache, PagedCache):
+      cache, out = self._paged(query, latents, segment_ids, positions, layer, cache)
     else:
       assert isinstance(cache, LatentCache)
       cache, latents = update_latents(cache, layer, positions, latents)
       if absorbing_is_cheaper(self.mla, x.shape[1]):
-        out = self._absorbed(query, latents, positions)
+        rows = latents[:, :, None].astype(query.dtype)  # one key/value head for all query heads
+        values = rows[..., : self.mla.kv_lora_rank]
+        out = self._absorbed(query, lambda query: cached_attention(query, rows, values, positions, scale=self.scale))
       else:
         out = cached_attention(query, *self._expanded(latents), positions, scale=self.scale)
     return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
@@ -89,9 +95,27 @@ class MLA(nnx.Module):
     rotary = jnp.broadcast_to(rotary[:, :, None], (*nope.shape[:3], self.mla.rope_head_dim))
     return jnp.concatenate([nope, rotary], axis=-1), value
 
+  def _paged(
+    self,
+    query: Float[Array, "B T N D"],
+    latents: Float[Array, "B T C"],
+    segment_ids: Int[Array, "B T"] | None,
+    positions: Int[Array, "B T"],
+    layer: Int[Array, ""],
+    cache: PagedCache,
+  ) -> tuple[PagedCache, Float[Array, "B T N V"]]:
+    cache = cache.write(layer, positions, segment_ids, latents[:, :, None])
+    if cache.fresh:
+      return cache, attention(query, *self._expanded(latents), segment_ids, scale=self.scale)
+    attend = lambda query: cache.attend(
+      query, layer, positions, segment_ids, scale=self.scale, value_dim=self.mla.kv_lora_rank
+    )
+    return cache, self._absorbed(query, attend)
+
   def _absorbed(
-    self, query: Float[Array, "B T N D"], latents: Float[Array, "B S C"], positions: Int[Array, "B T"]
+    self, query: Float[Array, "B T N D"], attend: Callable[[Float[Array, "B T N C"]], Float[Array, "B T N R"]]
   ) -> Float[Array, "B T N V"]:
+    """`attend` gives the weighted sum of latents for queries against latents and rotary keys."""
     rank, nope_dim = self.mla.kv_lora_rank, self.mla.nope_head_dim
     # kv_b_proj, by head: to_key [R, N, nope] and to_value [R, N, V]
     kernel = self.kv_b_proj.kernel[...].astype(query.dtype).reshape(rank, self.num_heads, -1)
@@ -99,9 +123,7 @@ class MLA(nnx.Module):
     with jax.named_scope("absorb"):
       nope, rotary = jnp.split(query, [nope_dim], axis=-1)
       query = jnp.concatenate([jnp.einsum("btnd,rnd->btnr", nope, to_key), rotary], axis=-1)
-    latents = latents[:, :, None].astype(query.dtype)  # one key/value head for all query heads
-    out = cached_attention(query, latents, latents[..., :rank], positions, scale=self.scale)
-    return jnp.einsum("btnr,rnv->btnv", out, to_value)
+    return jnp.einsum("btnr,rnv->btnv", attend(query), to_value)
 
 
 def absorbing_is_cheaper(mla: MLAConfig, num_queries: int) -> bool:

@@ -43,6 +43,19 @@ def _moved(params: Params, sharding: Sharding) -> Params:
   return jax.lax.with_sharding_constraint(params, sharding.state(params))
 
 
+def unstacked(graphdef: nnx.GraphDef, params: Params) -> tuple[nnx.GraphDef, Params]:
+  """The same model with `stack_layers` False: a scan copies the parameters of each layer out of the stack, which costs
+  much where a pass is over few tokens and reads few of the experts. Copies the parameters of stacked layers once."""
+  config = merge_model(graphdef, params).config
+  layers = [
+    jax.tree.map(lambda leaf, place=place: leaf[place : place + 1], params["runs"][number])
+    for number, run in enumerate(config.layer_runs)
+    for place in range(run.length)
+  ]
+  structure, _ = nnx.split(abstract_decoder(config.replace(stack_layers=False)))
+  return structure, params | {"runs": dict(enumerate(layers))}
+
+
 def partition(params: Params, chosen: Callable[[Path], bool]) -> tuple[Params, Params]:
   """(params whose path is chosen, the others); `combine` puts them together again."""
   flat = traverse_util.flatten_dict(params)

@@ -1,7 +1,8 @@
 """Grouped matmul in plain XLA: loops over groups and row tiles with dynamic trip counts, on any device.
 
 Each group's rows are cut into large tiles and a rest of small ones, so time follows sum(group_sizes), not M, an empty
-group costs nothing but its turn in the loop, and little is wasted on groups that fill no whole tile.
+group costs nothing but its turn in the loop, and little is wasted on groups that fill no whole tile. Groups of very few
+rows are multiplied without a matrix product.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,10 @@ from zeda_jax.ops.varying import zeros
 # packing it, so the rest of a large one takes several sizes, each at most once, instead of many of the smallest.
 SMALL_MATRIX = 2**20  # numbers
 PRODUCT_TILES = {"small": (128, 16), "large": (128, 64, 32, 16, 4)}
+# Groups of at most so many rows, as when decoding, multiply and add in tiles of their own: that reads the matrix where
+# it lies, while a product wants a slice of it copied first, which is most of the time then.
+FEW_ROWS = 8
+FEW_TILES = (4, 1)
 # A tile of the weight product also pays for adding a whole [K, N] matrix, so its rest is coarser.
 WEIGHT_PRODUCT_TILES = (128, 64, 32)
 
@@ -86,7 +91,7 @@ def _rows_product(
   num_rows = lhs.shape[0]
   tiles = PRODUCT_TILES["small" if rhs[0].size <= SMALL_MATRIX else "large"]
 
-  def group(g: Array, start: Array, end: Array, out: Array) -> Array:
+  def many(g: Array, start: Array, end: Array, out: Array) -> Array:
     weight = jax.lax.dynamic_index_in_dim(rhs, g, keepdims=False)
     if transpose_rhs:
       # The slice is copied in any case; transposing that copy once is cheaper than transposing inside every product,
@@ -101,6 +106,20 @@ def _rows_product(
       return jax.lax.dynamic_update_slice_in_dim(out, result, rows[0], axis=0)
 
     return _over_tiles(tiles, num_rows, start, end, tile, out)
+
+  def few(g: Array, start: Array, end: Array, out: Array) -> Array:
+    def tile(rows: Array, mine: Array | None, out: Array) -> Array:  # the smallest has one row, so all are the group's
+      taken = _take(lhs, rows).astype(jnp.float32)
+      weight = jax.lax.dynamic_index_in_dim(rhs, g, keepdims=False).astype(jnp.float32)
+      result = jnp.stack([(row[:, None] * weight).sum(axis=0) for row in taken])
+      return jax.lax.dynamic_update_slice_in_dim(out, epilogue(result.astype(dtype)), rows[0], axis=0)
+
+    return _over_tiles(FEW_TILES, num_rows, start, end, tile, out)
+
+  def group(g: Array, start: Array, end: Array, out: Array) -> Array:
+    if transpose_rhs:  # in backward passes only, whose groups are large
+      return many(g, start, end, out)
+    return jax.lax.cond(end - start <= FEW_ROWS, few, many, g, start, end, out)
 
   return _over_groups(group_sizes, group, zeros((num_rows, width), dtype, like=lhs))
 
