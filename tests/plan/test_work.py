@@ -39,6 +39,15 @@ def test_generation_adds_up_token_by_token():
   assert at_once == pytest.approx(one_by_one)
 
 
+@pytest.mark.parametrize("prompt, new", [(1024, 1), (1024, 32768)])
+def test_generated_tokens_by_hand(prompt, new):
+  read, both = work.forward(QWEN3_30B_A3B, prompt), work.generation(QWEN3_30B_A3B, prompt, new)
+  assert both.attention - read.attention == pytest.approx(48 * new * 2 * 2048 * (4096 + 512 + 512 + 4096))
+  earlier = sum(range(prompt, prompt + new))  # tokens that each new one looks back on
+  assert both.pairs - read.pairs == pytest.approx(48 * earlier * 4 * 4096)
+  assert both.experts - read.experts == pytest.approx(48 * new * 8 * 3 * 2 * 2048 * 768)
+
+
 def test_the_papers_layer_is_what_is_summed():
   layer = prefill_flops(QWEN3_30B_A3B, 4096)
   whole = work.forward(QWEN3_30B_A3B, 4096)

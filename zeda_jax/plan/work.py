@@ -47,7 +47,8 @@ def forward(config: ModelConfig, length: int, zero_ratio: float = 0.0) -> Work:
   per_pair = (two - 2 * one) / 2  # the rest of `one` is linear in the row's length
   layer = prefill_flops(config, length, zero_ratio)
   dense_layers = config.num_layers - sum(config.moe_layers)
-  return _whole(config, layer, config.num_layers * per_pair * length**2, dense_layers, length)
+  pairs = config.num_layers * per_pair * length**2  # which prefill_flops counts, causal or not
+  return _whole(config, layer, pairs, dense_layers, length)._replace(pairs=pairs / 2)
 
 
 def generation(config: ModelConfig, prompt: int, new: int, zero_ratio: float = 0.0) -> Work:
@@ -58,15 +59,16 @@ def generation(config: ModelConfig, prompt: int, new: int, zero_ratio: float = 0
   one, two = (decode_flops(config, n).attention for n in (1, 2))
   per_pair = two - 2 * one
   pairs = config.num_layers * per_pair / 2 * (length * (length - 1) - prompt * (prompt - 1))
-  written = _whole(config, layer, 2 * pairs, config.num_layers - sum(config.moe_layers), new)
+  written = _whole(config, layer, pairs, config.num_layers - sum(config.moe_layers), new)
   return Work(*(a + b for a, b in zip(read._replace(head=0.0), written, strict=True)))
 
 
-def _whole(config: ModelConfig, layer: LayerFlops, all_pairs: float, dense_layers: int, tokens: int) -> Work:
+def _whole(config: ModelConfig, layer: LayerFlops, pairs: float, dense_layers: int, tokens: int) -> Work:
+  """Of all layers and the head; `pairs` of the layers' attention is not projections."""
   moe_layers = sum(config.moe_layers)
   return Work(
-    attention=config.num_layers * layer.attention - all_pairs,
-    pairs=all_pairs / 2,
+    attention=config.num_layers * layer.attention - pairs,
+    pairs=pairs,
     router=moe_layers * layer.router,
     experts=moe_layers * layer.experts,
     dense=moe_layers * layer.shared + dense_layers * 6.0 * tokens * config.hidden_size * config.intermediate_size,
