@@ -18,6 +18,7 @@ ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_WORKER_HOSTNAMES": "localhost",
   "TPU_WORKER_ID": "0",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a lock for chips, which there are none of: programs may be compiled side by side
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
   "TPU_LOG_DIR": "disabled",
   "TPU_MIN_LOG_LEVEL": "3",
