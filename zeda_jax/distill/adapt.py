@@ -24,6 +24,8 @@ from zeda_jax.distributed.agreement import from_primary, together
 from zeda_jax.errors import ZedaError
 from zeda_jax.evaluate.runner import evaluate, teacher_distance
 from zeda_jax.models.decoder import Decoder
+from zeda_jax.rollout.openai import sample_from_server
+from zeda_jax.rollout.openai_answers import Verifier
 from zeda_jax.rollout.stage import is_finished, sample_rollouts
 
 __all__ = ["STAGES", "Job", "adapt", "measure", "open_job", "rollout_files"]
@@ -120,9 +122,13 @@ def rollout_stage(job: Job) -> None:
       if done < total:
         job.check_stop(f"with {done} of {total} prompts answered (those of finished files are kept)")
 
-    sample_rollouts(
-      job.teacher, job.prompts, job.train.tolist(), job.render, directory, settings, job.config.seed, progress
-    )
+    what = (job.prompts, job.train.tolist(), job.render, directory, settings, job.config.seed, progress)
+    if settings.engine == "openai":
+      verifier = Verifier(job.tokenizer, job.model.vocab_size, job.eos_ids)
+      tell = lambda line: job.console.print(f"rollout   {line}", highlight=False, soft_wrap=True)
+      sample_from_server(verifier, job.longest, *what, tell)
+    else:
+      sample_rollouts(job.teacher, *what)
 
 
 def rollout_files(job: Job) -> list[pathlib.Path]:

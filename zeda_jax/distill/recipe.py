@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _FREE = (
   *("teacher", "prompts", "workdir", "mesh", "export", "evaluate"),
   *("rollout.batch_size", "log_every", "save_every", "keep"),
+  # The server that answers is the teacher's, wherever it runs and whatever it calls it.
+  *(f"rollout.{name}" for name in ("url", "model", "key_variable", "concurrency", "retries", "timeout", "max_dropped")),
 )
 _FREE_IN_EVALUATION = ("prompts", "batch_size", "models")
 # What a run that met NaN is told to lower; it may change until its stage is finished.
@@ -46,7 +48,10 @@ _RANGES: dict[str, Any] = {
   "rollout": {
     **_SAMPLING_RANGES,
     **_FILTER_RANGES,
-    **dict.fromkeys(("batch_size", "shard_size"), (1, _INFINITY)),
+    **dict.fromkeys(("batch_size", "shard_size", "concurrency"), (1, _INFINITY)),
+    "retries": (0, _INFINITY),
+    "timeout": (1, _INFINITY),
+    "max_dropped": (0, 1),
   },
   "sft": {**_STAGE_RANGES, "epochs": (0, _INFINITY), "batch_size": (1, _INFINITY), "row_length": (2, _INFINITY)},
   "opd": {
@@ -102,7 +107,15 @@ def default_config() -> ml_collections.ConfigDict:
         "top_k": 0,
         "top_p": 1.0,
         "batch_size": 64,
-        "shard_size": 512,  # prompts per finished file; a killed run repeats at most one
+        "shard_size": 512,  # prompts per finished file; a killed run repeats those that were not finished
+        "engine": "jax",  # jax | openai: a server with OpenAI's API, to which the settings below belong
+        "url": "",  # of the server, such as http://localhost:8000/v1
+        "model": "",  # its name there; empty takes the only one
+        "key_variable": "",  # name of the environment variable that holds the API key; empty sends none
+        "concurrency": 64,  # requests under way at a time
+        "retries": 12,  # of a request that failed in a way that may pass, about six minutes in all
+        "timeout": 3600.0,  # seconds of one attempt, for a whole answer
+        "max_dropped": 0.01,  # share of answers that may be left out because their token ids cannot be verified
       },
       "sft": {
         **stage,
@@ -175,6 +188,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
       "--config.evaluate.models=\"('teacher','student')\"."
     )
   _check_student(config.student)
+  _check_server(config.rollout)
   for section, rows in (
     ("sft", config.sft.batch_size),
     ("opd", config.opd.prompts_per_step * config.opd.samples_per_prompt),
@@ -205,6 +219,7 @@ def _choices() -> dict[str, tuple[str, ...]]:
   choices: dict[str, tuple[str, ...]] = {
     "dtype": ("", "float32", "bfloat16", "float16"),
     "remat": REMAT,
+    "rollout.engine": ("jax", "openai"),
     "sft.loss": ("cross_entropy", "forward_kl"),
     "opd.loss": ("sampled", "reverse_kl"),
     "evaluate.grader": tuple(GRADERS),
@@ -228,6 +243,16 @@ def _check_student(settings: ml_collections.ConfigDict) -> None:
     )
   if picks is not None and picks < 1:
     raise ZedaError(f"config.student.num_experts_per_tok is {picks}; expected at least 1.")
+
+
+def _check_server(settings: ml_collections.ConfigDict) -> None:
+  from zeda_jax.rollout.openai_client import base_url, check_variable
+
+  check_variable(settings.key_variable)  # the settings are written down, so a key must not be among them
+  if settings.url:
+    base_url(settings.url)
+  if settings.engine == "openai" and not settings.url:
+    raise ZedaError("config.rollout.url is empty; config.rollout.engine=openai needs the address of the server.")
 
 
 def claim_workdir(config: ml_collections.ConfigDict, contents: Mapping[str, str]) -> pathlib.Path:
