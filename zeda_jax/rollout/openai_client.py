@@ -173,7 +173,9 @@ class Client:
       if attempt < retries:
         await asyncio.sleep(self._pause(attempt, pause, path))
     times = "once" if retries == 0 else f"{retries + 1} times"
-    raise ZedaError(f"{self.url}{path} was asked {times} without success; the last time: {self._redacted(failure)}.")
+    raise ZedaError(
+      f"{self.url}{path} was asked {times} without success; the last time: {self._redacted(failure).rstrip('.')}."
+    )
 
   def _pause(self, attempt: int, asked: float | None, path: str) -> float:
     """Seconds to the next attempt: exponential with jitter, and never before the server wants it."""
