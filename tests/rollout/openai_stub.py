@@ -102,6 +102,7 @@ class Stub:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
   protocol_version = "HTTP/1.1"
+  disable_nagle_algorithm = True
   stub: Stub
 
   def log_message(self, *args: Any) -> None:
