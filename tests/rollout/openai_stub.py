@@ -26,7 +26,8 @@ class Stub:
   """The server.
 
   Attributes:
-    kind: vllm | vllm-old (ids as spelled tokens) | sglang | bare (text only) | strict (bare, refuses other fields).
+    kind: vllm | vllm-old (ids as spelled tokens) | sglang | sglang-old (ids from /generate alone) | bare (text only) |
+      strict (bare, refuses other fields).
     requests: bodies of all POSTs, in order of arrival; `times` the moments.
     fault: (number of the POST, body) -> what to do instead of answering; see `_misbehave`.
     change: applied to the answer's choice and usage before it is sent.
@@ -75,7 +76,7 @@ class Stub:
       choice["logprobs"] = {"tokens": spelled, "token_logprobs": [-0.5 - i for i in range(len(tokens))]}
     if self.kind in ("vllm", "vllm-old"):
       choice["stop_reason"] = None
-    if self.kind == "sglang":
+    if self.kind in ("sglang", "sglang-old"):
       choice["matched_stop"] = self.eos if ended else None
     if self.kind in ("vllm", "sglang") and body.get("return_token_ids"):
       choice |= {"token_ids": tokens, "prompt_token_ids": ids}
@@ -85,11 +86,23 @@ class Stub:
       {"usage": usage} if self.gives_usage else {}
     )
 
+  def generate(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    """SGLang's own interface."""
+    sampling = body["sampling_params"]
+    tokens = self.sample(body["input_ids"], sampling["sampling_seed"], sampling["max_new_tokens"])
+    ended = tokens[-1] == self.eos
+    reason = {"type": "stop", "matched": self.eos} if ended else {"type": "length", "length": len(tokens)}
+    meta = {"finish_reason": reason, "prompt_tokens": len(body["input_ids"]), "completion_tokens": len(tokens)}
+    meta["output_token_logprobs"] = [[-0.5 - i, t, None] for i, t in enumerate(tokens)]
+    return {"text": self.decode(tokens[:-1] if ended else tokens), "meta_info": meta}
+
   def decode(self, tokens: Sequence[int]) -> str:
     return self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
 
   def cards(self) -> dict[str, Any]:
-    owner = {"vllm-old": "vllm", "bare": "someone", "strict": "someone"}.get(self.kind, self.kind)
+    owner = {"vllm-old": "vllm", "sglang-old": "sglang", "bare": "someone", "strict": "someone"}.get(
+      self.kind, self.kind
+    )
     card = {"object": "model", "owned_by": owner}
     card |= {"max_model_len": self.max_model_len} if self.max_model_len else {}
     return {"object": "list", "data": [{"id": name, **card} for name in self.models]}
@@ -97,7 +110,11 @@ class Stub:
   @property
   def sampled(self) -> list[Mapping[str, Any]]:
     """The requests after those that check the server: they alone have the run's seeds."""
-    return [body for body in self.requests if body.get("seed", 0) > 100]
+    return [body for body in self.requests if seed_of(body) > 100]
+
+
+def seed_of(body: Mapping[str, Any]) -> int:
+  return body["sampling_params"]["sampling_seed"] if "sampling_params" in body else body["seed"]
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -130,7 +147,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _answer(self, stub: Stub, number: int, body: Mapping[str, Any]) -> None:
     if not self._authorized():
       return
-    if body["model"] not in stub.models:
+    native = self.path == "/generate" and stub.kind == "sglang-old"
+    if not native and body["model"] not in stub.models:
       return self._send(404, {"object": "error", "message": f"The model `{body['model']}` does not exist."})
     unknown = body.keys() - BARE_FIELDS
     if stub.kind == "strict" and unknown:
@@ -139,7 +157,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if fault is not None:
       return self._misbehave(fault)
     time.sleep(stub.delay)
-    self._send(200, stub.complete(body))
+    self._send(200, stub.generate(body) if native else stub.complete(body))
 
   def _misbehave(self, fault: Any) -> None:
     """An HTTP status (with headers), "reset", "close", "garbled", "half" or a number of seconds to say nothing."""

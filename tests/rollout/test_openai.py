@@ -13,13 +13,16 @@ import types
 
 import pytest
 
+import zeda_jax
 from tests.multiprocess import start
-from tests.recipe_files import REPOSITORY, arguments, everything, settings, write_teacher, write_tokenizer
+from tests.recipe_files import REPOSITORY, arguments, everything, settings, write_teacher, write_tokenizer, zeda
 from tests.rollout.openai_stub import Stub, serving
+from zeda_jax.checkpoint.huggingface import load_hf
 from zeda_jax.data import chat
 from zeda_jax.data.jsonl import JsonLines, write_jsonl
 from zeda_jax.data.prompts import open_prompts
 from zeda_jax.data.rollouts import RolloutSource
+from zeda_jax.demo import TEACHER, mixed_tasks
 from zeda_jax.distill.adapt import adapt
 from zeda_jax.distill.trainer import StoppedEarly
 from zeda_jax.errors import ZedaError
@@ -98,7 +101,7 @@ def records_of(directory):
   return [r for file in sorted(directory.glob("*.jsonl")) for r in JsonLines(file)]
 
 
-@pytest.mark.parametrize("kind", ["vllm", "vllm-old", "sglang", "bare", "strict"])
+@pytest.mark.parametrize("kind", ["vllm", "vllm-old", "sglang", "sglang-old", "bare", "strict"])
 def test_every_prompt_once_with_the_ids_that_were_sampled(kind, tokenizer, prompts, tmp_path):
   stub, seen = Stub(tokenizer, kind), []
   lines = run(stub, prompts, tmp_path / "r", lambda done, total: seen.append((done, total)))
@@ -415,6 +418,42 @@ def test_the_recipe_stops_on_a_signal_and_goes_on(files, teacher_stub, tmp_path,
   assert [r["index"] for r in records_of(tmp_path / "w" / "rollouts")] == sorted(
     r["index"] for r in records_of(tmp_path / "whole" / "rollouts")
   )
+
+
+class Generating(Stub):
+  """A stub that really samples, from a model."""
+
+  def __init__(self, tokenizer, model):
+    super().__init__(tokenizer)
+    self.model, self.turn = model, threading.Lock()
+
+  def complete(self, body):
+    with self.turn:
+      return super().complete(body)
+
+  def sample(self, prompt, seed, max_tokens):
+    return zeda_jax.generate(self.model, [prompt], 16, temperature=0.0, width=64)[0].tokens[:max_tokens]
+
+
+@pytest.mark.slow
+def test_the_embedded_teacher_behind_a_server_answers_as_it_does_here(tmp_path):
+  """`zeda rollout` on the demo's teacher, greedily: the same records from the server as from the engine."""
+  write_jsonl(
+    tmp_path / "prompts.jsonl", ({"prompt": t["prompt"], "label": t["label"]} for t in mixed_tasks(16, "train"))
+  )
+  flags = [f"--config.teacher={TEACHER}", f"--config.prompts={tmp_path / 'prompts.jsonl'}", "--config.seed=0"]
+  flags += ["--config.rollout.max_new_tokens=16", "--config.rollout.temperature=0", "--config.evaluate.num_prompts=8"]
+  command = ["rollout", f"--config={REPOSITORY / 'configs' / 'tiny.py'}", *flags]
+  here = zeda(*command, f"--config.workdir={tmp_path / 'here'}")
+  assert (here.returncode, here.stderr) == (0, "")
+  with serving(Generating(chat.load_tokenizer(TEACHER), load_hf(TEACHER))) as url:
+    there = [f"--config.workdir={tmp_path / 'there'}", "--config.rollout.engine=openai", f"--config.rollout.url={url}"]
+    done = zeda(*command, *there)
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "rollout   " in done.stdout and "token ids come from the server" in done.stdout
+  ours, theirs = (records_of(tmp_path / name / "rollouts") for name in ("here", "there"))
+  assert len(ours) == 40 and any(r["finished"] for r in ours)
+  assert [r | {"logprobs": None} for r in theirs] == [r | {"logprobs": None} for r in ours]
 
 
 @pytest.mark.slow

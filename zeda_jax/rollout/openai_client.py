@@ -143,23 +143,24 @@ class Client:
   async def request(
     self, method: str, path: str, body: Mapping[str, Any] | None, parse: Callable[[Any], T], retries: int | None = None
   ) -> T:
-    """One request, until it is answered.
+    """One request, until it is answered; `path` is below the server's address, or an address of its own.
 
     Raises:
       Refused: the server refuses it with a status that another attempt will not change.
       ZedaError: all attempts failed.
     """
     retries = self.retries if retries is None else retries
+    address = path if path.startswith("http") else self.url + path
     self._http = self._http or self._open()
     for attempt in range(retries + 1):
       pause: float | None = None
       try:
         async with asyncio.timeout(self.timeout):
-          response = await self._http.request(method, self.url + path, json=body)
+          response = await self._http.request(method, address, json=body)
         if response.status_code in RETRIED:
           failure, pause = self._describe(response), retry_after(response.headers.get("retry-after"))
         elif response.status_code != 200:
-          raise Refused(f"{self.url}{path} refuses the request: {self._describe(response)}", response.status_code)
+          raise Refused(f"{address} refuses the request: {self._describe(response)}", response.status_code)
         else:
           return parse(_json(response))
       except TimeoutError:
@@ -171,17 +172,17 @@ class Client:
       except Garbled as error:
         failure = str(error)
       if attempt < retries:
-        await asyncio.sleep(self._pause(attempt, pause, path))
+        await asyncio.sleep(self._pause(attempt, pause, address))
     times = "once" if retries == 0 else f"{retries + 1} times"
     raise ZedaError(
-      f"{self.url}{path} was asked {times} without success; the last time: {self._redacted(failure).rstrip('.')}."
+      f"{address} was asked {times} without success; the last time: {self._redacted(failure).rstrip('.')}."
     )
 
-  def _pause(self, attempt: int, asked: float | None, path: str) -> float:
+  def _pause(self, attempt: int, asked: float | None, address: str) -> float:
     """Seconds to the next attempt: exponential with jitter, and never before the server wants it."""
     if asked is not None and asked > self.timeout:
       raise ZedaError(
-        f"{self.url}{path} asks to come back in {asked:.0f} s, later than config.rollout.timeout={self.timeout:g} "
+        f"{address} asks to come back in {asked:.0f} s, later than config.rollout.timeout={self.timeout:g} "
         "allows: run the command again then."
       )
     longest = min(_LONGEST_PAUSE, self.first_pause * 2**attempt)

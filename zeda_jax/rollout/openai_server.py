@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from zeda_jax.errors import ZedaError
-from zeda_jax.rollout.openai_answers import Answer, Unverified, Verifier, choice_of, usage_of
+from zeda_jax.rollout.openai_answers import Answer, Unverified, Verifier, choice_of, given_ids, usage_of
 from zeda_jax.rollout.openai_client import Client, Refused
 
 # Letters of several scripts, digits, spaces and breaks, code: what tokenizers of different models cut differently.
@@ -33,6 +33,7 @@ class Server:
     verifier: of answers.
     sampling: max_new_tokens, temperature, top_k, top_p (the recipe's `rollout` section).
     extended: whether it takes fields beyond OpenAI's (vLLM, SGLang and zeda do).
+    native: whether answers come from SGLang's own /generate, which gives token ids in all versions.
     keep_logprobs: whether the log-probs that it gives are those of the model at temperature 1.
   """
 
@@ -41,6 +42,7 @@ class Server:
   verifier: Verifier
   sampling: Any
   extended: bool = True
+  native: bool = False
   keep_logprobs: bool = True
 
   async def answer(self, prompt: Sequence[int], seed: int, max_tokens: int | None = None) -> Answer | Unverified:
@@ -49,11 +51,15 @@ class Server:
 
     def read(value: Any) -> Answer | Unverified:
       try:
+        value = from_native(value) if self.native else value
         answer = self.verifier.read(value, prompt, max_tokens)
       except Unverified as reason:
         return reason
       return answer if self.keep_logprobs else dataclasses.replace(answer, logprobs=None)
 
+    if self.native:
+      address = self.client.url.removesuffix("/v1") + "/generate"
+      return await self.client.post(address, self.native_body(prompt, max_tokens, seed), read)
     return await self.client.post("/completions", self.body(prompt, max_tokens, seed), read)
 
   def body(self, prompt: Sequence[int] | str, max_tokens: int, seed: int = 0) -> dict[str, Any]:
@@ -80,6 +86,33 @@ class Server:
         "return_tokens_as_token_ids": True,  # of vLLM before it had return_token_ids
       }
     return body
+
+  def native_body(self, prompt: Sequence[int], max_tokens: int, seed: int) -> dict[str, Any]:
+    """The same request in the words of SGLang's /generate."""
+    body = self.body(prompt, max_tokens, seed)
+    same = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+    sampling = {name: body[name] for name in (*same, "stop_token_ids", "skip_special_tokens")}
+    sampling |= {"max_new_tokens": max_tokens, "sampling_seed": seed}
+    return {"input_ids": body["prompt"], "sampling_params": sampling, "return_logprob": True}
+
+
+def from_native(answer: Any) -> Any:
+  """An answer of SGLang's /generate in the words of /completions; what is no such answer comes back as it is."""
+  meta = answer.get("meta_info") if isinstance(answer, Mapping) else None
+  meta = meta if isinstance(meta, Mapping) else {}
+  tokens = meta.get("output_token_logprobs")
+  if not isinstance(tokens, list) or not all(isinstance(t, list) and len(t) >= 2 for t in tokens):
+    return answer
+  reason = meta.get("finish_reason")
+  reason = reason if isinstance(reason, Mapping) else {}
+  choice = {
+    "text": answer.get("text"),
+    "finish_reason": reason.get("type"),
+    "matched_stop": reason.get("matched"),
+    "token_ids": [t[1] for t in tokens],
+    "logprobs": {"token_logprobs": [t[0] for t in tokens]},
+  }
+  return {"choices": [choice], "usage": meta}
 
 
 async def check_server(
@@ -108,16 +141,24 @@ async def check_server(
   server = Server(client, card["id"], verifier, sampling, keep_logprobs=keep)
   ids = probe_ids(verifier)
   try:
-    await _check_ids(server, ids)
+    gives_ids = await _check_ids(server, ids)
   except Refused as error:
     if error.status not in _NOT_UNDERSTOOD:
       raise
     if sampling.top_k:
       raise ZedaError(f"config.rollout.top_k is {sampling.top_k}, which the server does not take: {error}") from error
     server = dataclasses.replace(server, extended=False)
-    await _check_ids(server, ids)
+    gives_ids = await _check_ids(server, ids)
   await _check_text(server)
-  answer = await _try_answer(server, ids)
+  answer: Answer | None = None
+  if owner == "sglang" and not gives_ids:  # its /completions gives them since return_token_ids of July 2026
+    native = dataclasses.replace(server, native=True)
+    try:
+      answer, server = await _try_answer(native, ids), native
+    except Refused as error:
+      if error.status not in (403, 404, 405):  # a gateway may let /v1 pass alone
+        raise
+  answer = answer or await _try_answer(server, ids)
   how = "token ids come from the server" if answer.from_ids else "its text is tokenized again, which loses some answers"
   kept = "log-probs kept" if answer.logprobs is not None else "no log-probs"
   return server, f"{client.url}: model {server.model}{f' ({owner})' if owner else ''}; {how}; {kept}"
@@ -173,8 +214,8 @@ def _other_tokenizer(server: Server, found: str) -> ZedaError:
   )
 
 
-async def _check_ids(server: Server, ids: list[int]) -> None:
-  """Ids are read as they are, and spell the same text there as here."""
+async def _check_ids(server: Server, ids: list[int]) -> bool:
+  """Checks that ids are read as they are, and spell the same text there as here; returns whether it gives ids, too."""
   body = {k: v for k, v in server.body(ids, 1).items() if k != "logprobs"} | {"echo": True}
   choice, usage = await _ask(server.client, body)
   read, count = choice.get("prompt_token_ids"), usage.get("prompt_tokens")
@@ -186,6 +227,7 @@ async def _check_ids(server: Server, ids: list[int]) -> None:
   # Not every server echoes; one that does not gives one token's text.
   if not text.startswith(ours) and len(text) > len(ours) // 2:
     raise _other_tokenizer(server, f"ids that spell {ours[:60]!r} here spell {text[:60]!r} there")
+  return given_ids(choice) is not None
 
 
 async def _check_text(server: Server) -> None:
