@@ -439,7 +439,7 @@ class Generating(Stub):
 def test_the_embedded_teacher_behind_a_server_answers_as_it_does_here(tmp_path):
   """`zeda rollout` on the demo's teacher, greedily: the same records from the server as from the engine."""
   write_jsonl(
-    tmp_path / "prompts.jsonl", ({"prompt": t["prompt"], "label": t["label"]} for t in mixed_tasks(16, "train"))
+    tmp_path / "prompts.jsonl", ({"prompt": t["prompt"], "label": t["label"]} for t in mixed_tasks("train", 16))
   )
   flags = [f"--config.teacher={TEACHER}", f"--config.prompts={tmp_path / 'prompts.jsonl'}", "--config.seed=0"]
   flags += ["--config.rollout.max_new_tokens=16", "--config.rollout.temperature=0", "--config.evaluate.num_prompts=8"]
