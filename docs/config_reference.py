@@ -21,7 +21,7 @@ CONFIGS = ("qwen3_30b_a3b", "glm_4_7_flash", "tiny")
 HEAD = """# Settings
 
 Every value of the recipe, as `--config.NAME=VALUE` of `zeda adapt` (and `rollout`, `sft`, `opd`, `export`, `plan`), or
-in a file like those in `configs/`. Defaults are those of `zeda_jax.default_config()`; where a shipped configuration sets
+a file like those in `configs/`. Defaults are those of `zeda_jax.default_config()`; where a shipped configuration has
 another value, it stands beside. An unknown name or a value out of range is an error before any work.
 
 This page is written by `python docs/config_reference.py`.
