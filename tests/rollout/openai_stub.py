@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 WORDS = "the model answers a question about lists of numbers and then returns some other value with care".split()
+BARE = ("bare", "sampling", "strict")
 BARE_FIELDS = {
   *("model", "prompt", "max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed"),
   *("logprobs", "echo", "n", "stream", "stop"),
@@ -27,7 +28,7 @@ class Stub:
 
   Attributes:
     kind: vllm | vllm-old (ids as spelled tokens) | sglang | sglang-old (ids from /generate alone) | bare (text only) |
-      strict (bare, refuses other fields).
+      strict (bare, refuses other fields) | sampling (bare, refuses other fields than those of sampling).
     requests: bodies of all POSTs, in order of arrival; `times` the moments.
     fault: (number of the POST, body) -> what to do instead of answering; see `_misbehave`.
     change: applied to the answer's choice and usage before it is sent.
@@ -53,7 +54,7 @@ class Stub:
   def sample(self, prompt: Sequence[int], seed: int, max_tokens: int) -> list[int]:
     """Token ids, with EOS if it fits. Ids of servers that give them need not be what their text is tokenized to."""
     rng = np.random.default_rng([seed, *prompt])
-    if self.kind in ("bare", "strict"):
+    if self.kind in BARE:
       text = " ".join(rng.choice(WORDS, rng.integers(1, 8)).tolist())
       tokens = list(self.tokenizer(text)["input_ids"])
     else:
@@ -100,9 +101,7 @@ class Stub:
     return self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
 
   def cards(self) -> dict[str, Any]:
-    owner = {"vllm-old": "vllm", "sglang-old": "sglang", "bare": "someone", "strict": "someone"}.get(
-      self.kind, self.kind
-    )
+    owner = {"vllm-old": "vllm", "sglang-old": "sglang", **dict.fromkeys(BARE, "someone")}.get(self.kind, self.kind)
     card = {"object": "model", "owned_by": owner}
     card |= {"max_model_len": self.max_model_len} if self.max_model_len else {}
     return {"object": "list", "data": [{"id": name, **card} for name in self.models]}
@@ -151,7 +150,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if not native and body["model"] not in stub.models:
       return self._send(404, {"object": "error", "message": f"The model `{body['model']}` does not exist."})
     unknown = body.keys() - BARE_FIELDS
-    if stub.kind == "strict" and unknown:
+    unknown -= {"top_k", "min_p", "repetition_penalty"} if stub.kind == "sampling" else set()
+    if stub.kind in ("strict", "sampling") and unknown:
       return self._send(400, {"error": {"message": f"Unrecognized request argument supplied: {sorted(unknown)[0]}"}})
     fault = stub.fault(number, body)
     if fault is not None:

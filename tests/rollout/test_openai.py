@@ -16,7 +16,7 @@ import pytest
 import zeda_jax
 from tests.multiprocess import start
 from tests.recipe_files import REPOSITORY, arguments, everything, settings, write_teacher, write_tokenizer, zeda
-from tests.rollout.openai_stub import Stub, serving
+from tests.rollout.openai_stub import BARE, Stub, serving
 from zeda_jax.checkpoint.huggingface import load_hf
 from zeda_jax.data import chat
 from zeda_jax.data.jsonl import JsonLines, write_jsonl
@@ -88,7 +88,7 @@ def run(stub, prompts, directory, progress=lambda done, total: None, tokenizer=N
   lines = []
   with serving(stub) as url:
     sample_from_server(
-      verifier, longest, prompts, CHOSEN, render, directory, rollout(url, **changes), seed, progress, lines.append
+      verifier, prompts, CHOSEN, render, longest, directory, rollout(url, **changes), seed, progress, lines.append
     )
   return lines
 
@@ -101,12 +101,12 @@ def records_of(directory):
   return [r for file in sorted(directory.glob("*.jsonl")) for r in JsonLines(file)]
 
 
-@pytest.mark.parametrize("kind", ["vllm", "vllm-old", "sglang", "sglang-old", "bare", "strict"])
+@pytest.mark.parametrize("kind", ["vllm", "vllm-old", "sglang", "sglang-old", *BARE])
 def test_every_prompt_once_with_the_ids_that_were_sampled(kind, tokenizer, prompts, tmp_path):
   stub, seen = Stub(tokenizer, kind), []
   lines = run(stub, prompts, tmp_path / "r", lambda done, total: seen.append((done, total)))
   assert len(lines) == 1 and "teacher" in lines[0] and "log-probs kept" in lines[0]
-  assert ("tokenized again" in lines[0]) == (kind in ("bare", "strict"))
+  assert ("tokenized again" in lines[0]) == (kind in BARE)
   records = records_of(tmp_path / "r")
   assert [r["index"] for r in records] == CHOSEN
   for record in records:
@@ -116,7 +116,7 @@ def test_every_prompt_once_with_the_ids_that_were_sampled(kind, tokenizer, promp
     assert record["logprobs"] == pytest.approx([-0.5 - i for i in range(len(sampled))])
     assert record["finished"] == (sampled[-1] == tokenizer.eos_token_id)
     assert (record["prompt_tokens"], record["label"], record["zero_ratio"]) == (render(index), index, None)
-  if kind not in ("bare", "strict"):
+  if kind not in BARE:
     assert {r["finished"] for r in records} == {True, False}
     assert any(
       tokenizer(stub.decode(r["response_tokens"][:-1]))["input_ids"] != r["response_tokens"][:-1] for r in records
@@ -242,7 +242,7 @@ def test_no_server(tokenizer, prompts, tmp_path):
     url = f"http://127.0.0.1:{probe.getsockname()[1]}"
   verifier = Verifier(tokenizer, 400, (tokenizer.eos_token_id,))
   with pytest.raises(ZedaError, match=r"/v1/models was asked 4 times without success; .*ConnectError"):
-    sample_from_server(verifier, 3, prompts, CHOSEN, render, tmp_path / "r", rollout(url, retries=100), 0)
+    sample_from_server(verifier, prompts, CHOSEN, render, 3, tmp_path / "r", rollout(url, retries=100), 0)
   assert not (tmp_path / "r").exists()
 
 
@@ -314,6 +314,9 @@ def test_a_server_that_tells_nothing_is_refused(tokenizer, prompts, tmp_path):
 def test_top_k_that_the_server_does_not_take(tokenizer, prompts, tmp_path):
   with pytest.raises(ZedaError, match=r"config.rollout.top_k is 20, which the server does not take: .*Unrecognized"):
     run(Stub(tokenizer, "strict"), prompts, tmp_path / "r", top_k=20)
+  stub = Stub(tokenizer, "sampling")
+  run(stub, prompts, tmp_path / "r", top_k=20)
+  assert {body["top_k"] for body in stub.sampled} == {20}
 
 
 def test_unverified_answers_are_left_out_and_counted(tokenizer, prompts, tmp_path):
@@ -492,7 +495,7 @@ url, directory, files = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys
 tokenizer = chat.load_tokenizer(files / "teacher")
 verifier = Verifier(tokenizer, 400, (tokenizer.eos_token_id,))
 prompts = open_prompts(files / "prompts.jsonl")
-sample_from_server(verifier, 3, prompts, test.CHOSEN, test.render, directory, test.rollout(url, retries=0), 0)
+sample_from_server(verifier, prompts, test.CHOSEN, test.render, 3, directory, test.rollout(url, retries=0), 0)
 print("done", distributed.is_primary())
 """
 

@@ -122,13 +122,20 @@ def rollout_stage(job: Job) -> None:
       if done < total:
         job.check_stop(f"with {done} of {total} prompts answered (those of finished files are kept)")
 
-    what = (job.prompts, job.train.tolist(), job.render, directory, settings, job.config.seed, progress)
     if settings.engine == "openai":
-      verifier = Verifier(job.tokenizer, job.model.vocab_size, job.eos_ids)
-      tell = lambda line: job.console.print(f"rollout   {line}", highlight=False, soft_wrap=True)
-      sample_from_server(verifier, job.longest, *what, tell)
-    else:
-      sample_rollouts(job.teacher, *what)
+      _ask_server(job, directory, progress)
+      return
+    sample_rollouts(
+      job.teacher, job.prompts, job.train.tolist(), job.render, directory, settings, job.config.seed, progress
+    )
+
+
+def _ask_server(job: Job, directory: pathlib.Path, progress: Callable[[int, int], None]) -> None:
+  """The teacher's answers from another engine, which config.rollout names; its weights are not read here."""
+  verifier = Verifier(job.tokenizer, job.model.vocab_size, job.eos_ids)
+  tell = lambda line: job.console.print(f"rollout   {line}", highlight=False, soft_wrap=True)
+  train, settings, seed = job.train.tolist(), job.config.rollout, job.config.seed
+  sample_from_server(verifier, job.prompts, train, job.render, job.longest, directory, settings, seed, progress, tell)
 
 
 def rollout_files(job: Job) -> list[pathlib.Path]:

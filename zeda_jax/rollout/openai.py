@@ -35,14 +35,14 @@ def request_seed(seed: int, index: int) -> int:
 
 def sample_from_server(
   verifier: Verifier,
-  longest: int,
   prompts: Prompts,
   indices: Sequence[int],
   render: Callable[[int], list[int]],
+  longest: int,
   directory: pathlib.Path,
   settings: Any,
   seed: int,
-  progress: Progress = lambda done, total: None,
+  progress: Progress = lambda *_: None,
   tell: Callable[[str], None] = lambda line: None,
 ) -> None:
   """Writes one response per prompt to rollouts-*.jsonl, going on after the shards that exist.
@@ -52,8 +52,8 @@ def sample_from_server(
 
   Args:
     verifier: the teacher's tokenizer, vocabulary and EOS tokens.
-    longest: tokens of the longest prompt.
     prompts, indices, render, directory, seed: see `stage.sample_rollouts`.
+    longest: tokens of the longest prompt.
     settings: the recipe's `rollout` section.
     progress: called after answers and at least every second; may raise to stop, which drops unfinished shards.
     tell: shows a line, on the primary process.

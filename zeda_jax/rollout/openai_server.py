@@ -21,6 +21,10 @@ _PROBE_TOKENS = 8
 _WORD = re.compile(r" ?[A-Za-z]+")
 _FIRST_RETRIES = 3  # of the first question: a wrong address should not take minutes to show
 _NOT_UNDERSTOOD = (400, 422)
+# Fields beyond OpenAI's, tried in this order: those of vLLM and SGLang, those of sampling alone, none.
+_OF_SAMPLING = ("top_k", "min_p", "repetition_penalty")
+_OF_TOKENS = ("stop_token_ids", "skip_special_tokens", "return_token_ids", "return_tokens_as_token_ids")
+EXTENSIONS: tuple[tuple[str, ...], ...] = ((*_OF_SAMPLING, *_OF_TOKENS), _OF_SAMPLING, ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Server:
     model: its name on the server.
     verifier: of answers.
     sampling: max_new_tokens, temperature, top_k, top_p (the recipe's `rollout` section).
-    extended: whether it takes fields beyond OpenAI's (vLLM, SGLang and zeda do).
+    extensions: fields beyond OpenAI's that it takes, one of EXTENSIONS.
     native: whether answers come from SGLang's own /generate, which gives token ids in all versions.
     keep_logprobs: whether the log-probs that it gives are those of the model at temperature 1.
   """
@@ -41,7 +45,7 @@ class Server:
   model: str
   verifier: Verifier
   sampling: Any
-  extended: bool = True
+  extensions: tuple[str, ...] = EXTENSIONS[0]
   native: bool = False
   keep_logprobs: bool = True
 
@@ -75,21 +79,21 @@ class Server:
       "seed": seed,
       "logprobs": 0,  # the sampled tokens' alone
     }
-    if self.extended:
-      body |= {
-        "top_k": self.sampling.top_k or -1,
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        "stop_token_ids": list(self.verifier.eos_ids),
-        "skip_special_tokens": False,
-        "return_token_ids": True,
-        "return_tokens_as_token_ids": True,  # of vLLM before it had return_token_ids
-      }
+    values: dict[str, Any] = {
+      "top_k": self.sampling.top_k or -1,
+      "min_p": 0.0,
+      "repetition_penalty": 1.0,
+      "stop_token_ids": list(self.verifier.eos_ids),
+      "skip_special_tokens": False,
+      "return_token_ids": True,
+      "return_tokens_as_token_ids": True,  # of vLLM before it had return_token_ids
+    }
+    body |= {name: values[name] for name in self.extensions}
     return body
 
   def native_body(self, prompt: Sequence[int], max_tokens: int, seed: int) -> dict[str, Any]:
     """The same request in the words of SGLang's /generate."""
-    body = self.body(prompt, max_tokens, seed)
+    body = dataclasses.replace(self, extensions=EXTENSIONS[0]).body(prompt, max_tokens, seed)
     same = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
     sampling = {name: body[name] for name in (*same, "stop_token_ids", "skip_special_tokens")}
     sampling |= {"max_new_tokens": max_tokens, "sampling_seed": seed}
@@ -137,18 +141,10 @@ async def check_server(
   _check_room(client, card, longest, sampling.max_new_tokens)
   owner = str(card.get("owned_by", ""))
   # SGLang's log-probs are those of the distribution at the sampling temperature; vLLM's are the model's own.
-  keep = sampling.temperature in (0, 1) or owner in ("vllm", "zeda")
+  keep = sampling.temperature in (0, 1) or owner in ("vllm", "zeda-jax")
   server = Server(client, card["id"], verifier, sampling, keep_logprobs=keep)
   ids = probe_ids(verifier)
-  try:
-    gives_ids = await _check_ids(server, ids)
-  except Refused as error:
-    if error.status not in _NOT_UNDERSTOOD:
-      raise
-    if sampling.top_k:
-      raise ZedaError(f"config.rollout.top_k is {sampling.top_k}, which the server does not take: {error}") from error
-    server = dataclasses.replace(server, extended=False)
-    gives_ids = await _check_ids(server, ids)
+  server, gives_ids = await _with_extensions(server, ids)
   await _check_text(server)
   answer: Answer | None = None
   if owner == "sglang" and not gives_ids:  # its /completions gives them since return_token_ids of July 2026
@@ -162,6 +158,22 @@ async def check_server(
   how = "token ids come from the server" if answer.from_ids else "its text is tokenized again, which loses some answers"
   kept = "log-probs kept" if answer.logprobs is not None else "no log-probs"
   return server, f"{client.url}: model {server.model}{f' ({owner})' if owner else ''}; {how}; {kept}"
+
+
+async def _with_extensions(server: Server, ids: list[int]) -> tuple[Server, bool]:
+  """The server with the fields that it takes, and whether it gives token ids."""
+  refusal: Refused | None = None
+  for extensions in EXTENSIONS:
+    server = dataclasses.replace(server, extensions=extensions)
+    if server.sampling.top_k and "top_k" not in extensions:
+      raise ZedaError(f"config.rollout.top_k is {server.sampling.top_k}, which the server does not take: {refusal}")
+    try:
+      return server, await _check_ids(server, ids)
+    except Refused as error:
+      if error.status not in _NOT_UNDERSTOOD or extensions == EXTENSIONS[-1]:
+        raise
+      refusal = error
+  raise AssertionError(refusal)
 
 
 async def _model_card(client: Client, model: str) -> Mapping[str, Any]:
