@@ -215,15 +215,21 @@ def test_routing_equals_numpy(normalize, execute, beta):
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_renormalised_survivors_have_the_weight_of_all(normalize):
-  scores = random_scores(tokens=200)
-  plain = route(jnp.asarray(scores), 4, N, normalize=normalize)
-  found = route(jnp.asarray(scores), 4, N, normalize=normalize, renormalize=True)
+  scores = np.concatenate([random_scores(tokens=200), np.full((1, N + NZ), 0.05, np.float32)])
+  scores[-1, N:] = 0.2  # no survivor among the best three
+  plain = route(jnp.asarray(scores), 3, N, normalize=normalize)
+  found = route(jnp.asarray(scores), 3, N, normalize=normalize, renormalize=True)
   np.testing.assert_array_equal(found.picks, plain.picks)
   normal = np.asarray(plain.picks) < N
   weights = np.where(normal, plain.weights, 0.0)
   total, left = np.asarray(plain.weights).sum(axis=1, keepdims=True), weights.sum(axis=1, keepdims=True)
   np.testing.assert_allclose(np.where(normal, found.weights, 0.0), weights * total / np.maximum(left, 1e-9), rtol=1e-5)
-  assert not normal.all() and (~normal).any(axis=1).any()
+  assert normal.all(axis=1).any() and (~normal).all(axis=1).any()
+
+  def weights_of(scores):
+    return (route(scores, 3, N, normalize=normalize, renormalize=True).weights ** 2).sum()
+
+  assert np.isfinite(jax.grad(weights_of)(jnp.asarray(scores))).all()
 
 
 def sigmoid(x):

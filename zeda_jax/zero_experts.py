@@ -117,7 +117,8 @@ def route(
   dropped = jnp.asarray(scores.shape[-1], picks.dtype)
   if renormalize:
     surviving = jnp.where(picks < num_experts, values, 0.0)
-    values = surviving * (values.sum(axis=-1, keepdims=True) / (surviving.sum(axis=-1, keepdims=True) + 1e-20))
+    left = surviving.sum(axis=-1, keepdims=True)
+    values = surviving * (values.sum(axis=-1, keepdims=True) / jnp.where(left > 0, left, 1.0))  # none may survive
   if skip_threshold > 0.0:
     keep = values >= skip_threshold * values.max(axis=-1, keepdims=True)
     values, picks = jnp.where(keep, values, 0.0), jnp.where(keep, picks, dropped)
