@@ -115,16 +115,16 @@ def route(
     picks = jax.lax.top_k(choice, top_k)[1]
     values = jnp.take_along_axis(scores, picks, axis=-1)
   dropped = jnp.asarray(scores.shape[-1], picks.dtype)
-  if renormalize:
-    surviving = jnp.where(picks < num_experts, values, 0.0)
-    left = surviving.sum(axis=-1, keepdims=True)
-    values = surviving * (values.sum(axis=-1, keepdims=True) / jnp.where(left > 0, left, 1.0))  # none may survive
   if skip_threshold > 0.0:
     keep = values >= skip_threshold * values.max(axis=-1, keepdims=True)
     values, picks = jnp.where(keep, values, 0.0), jnp.where(keep, picks, dropped)
   if normalize:
     # 1e-20 is for sigmoid scores that all underflow; it changes no bit of a sum that is not tiny.
     values = values / (values.sum(axis=-1, keepdims=True) + 1e-20)
+  if renormalize:
+    surviving = jnp.where(picks < num_experts, values, 0.0)
+    left = surviving.sum(axis=-1, keepdims=True)
+    values = surviving * (values.sum(axis=-1, keepdims=True) / jnp.where(left > 0, left, 1.0))  # none may survive
   if scaling != 1.0:
     values = values * scaling
   if execute_top_k is not None:
