@@ -63,7 +63,7 @@ def test_the_defaults_are_valid():
     ("remat", "full", "one of 'none', 'dots', 'layer'"),
     ("sft__loss", "kl", "one of 'cross_entropy', 'forward_kl'"),
     ("sft__trainable", "routers", "one of 'all', 'router', 'router+norms'"),
-    ("sft__balance", "expertise", "one of 'group', 'expert', 'none'"),
+    ("sft__balance", "expertise", "one of 'group', 'expert', 'adamoe', 'none'"),
     ("sft__optimizer__schedule", "cosin", "one of 'cosine', 'constant', 'linear'"),
     ("sft__optimizer__learning_rate", -1e-3, "at least 0"),
     ("sft__optimizer__learning_rate", math.inf, "a finite number"),

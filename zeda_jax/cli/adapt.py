@@ -1,6 +1,8 @@
 """`zeda adapt` and its single stages."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 from zeda_jax.cli.config_flags import parse_config, take_process_flags
 
@@ -44,18 +46,28 @@ def run(command: str, args: list[str]) -> int:
     return 0
   processes, args = take_process_flags(args)
   config = parse_config(command, args)
+
+  def recipe(console):
+    from zeda_jax.distill.adapt import adapt
+
+    adapt(config, console, until="evaluate" if command == "adapt" else command)
+
+  return run_recipe(command, processes, recipe)
+
+
+def run_recipe(command: str, processes: dict[str, Any], recipe: Callable[..., object]) -> int:
+  """Calls recipe(console) as one of several processes, if there are; being stopped after saving is no error."""
   # Imported late: `--help` and a wrong flag should not wait for JAX.
   from zeda_jax import distributed
 
   distributed.initialize(**processes)
   import rich.console
 
-  from zeda_jax.distill.adapt import adapt
   from zeda_jax.distill.trainer import StoppedEarly
 
   primary = distributed.is_primary()
   try:
-    adapt(config, rich.console.Console(quiet=not primary), until="evaluate" if command == "adapt" else command)
+    recipe(rich.console.Console(quiet=not primary))
   except StoppedEarly as stopped:
     if primary:
       print(f"zeda {command}: {stopped}")

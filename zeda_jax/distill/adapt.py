@@ -62,7 +62,7 @@ def adapt(
   check_shared(workdir)
   summary.describe(job.console, config, job.model, len(job.train), len(job.held_out), job.sharding)
   wanted = STAGES[: STAGES.index(until) + 1]
-  with job.stop, _alone_in(workdir):
+  with job.stop, alone_in(workdir):
     if not _exported(job):
       if config.sft.epochs or until == "rollout":
         rollout_stage(job)
@@ -82,7 +82,7 @@ def adapt(
 
 
 @contextlib.contextmanager
-def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
+def alone_in(workdir: pathlib.Path) -> Iterator[None]:
   """Holds a lock on the workdir, which ends with the process; of several processes the primary one holds it."""
   lock = os.open(workdir, os.O_RDONLY)
 

@@ -73,7 +73,7 @@ def default_config() -> ml_collections.ConfigDict:
   """
   stage = {
     "trainable": "all",  # all | router | router+norms
-    "balance": "group",  # group (L_GA) | expert (L_A, ablation) | none
+    "balance": "group",  # group (L_GA) | expert (L_A, ablation) | adamoe (baseline) | none
     "balance_tokens": "all",  # all (the paper) | response: short answers after long prompts want their own balance
     "weight": 2.0,  # w: target zero-expert ratio = w N_Z / (N + w N_Z)
     "coefficient": 0.1,  # alpha of the balance loss
@@ -100,6 +100,8 @@ def default_config() -> ml_collections.ConfigDict:
       "student": {
         "num_zero_experts": config_dict.placeholder(int),  # N_Z; None means N // 2, 0 a static student
         "num_experts_per_tok": config_dict.placeholder(int),  # K; None keeps the teacher's
+        "zero_expert_type": "zero",  # zero | copy (a baseline: the token's own hidden state)
+        "renormalize": False,  # a baseline: weights of normal picks scaled up to the sum of all K
       },
       "rollout": {
         "max_new_tokens": 32768,
@@ -210,7 +212,7 @@ def _check_number(name: str, value: float, least: float, most: float) -> None:
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
-  from zeda_jax.config import REMAT
+  from zeda_jax.config import REMAT, ZERO_EXPERT_TYPES
   from zeda_jax.distill.objectives import BALANCE_TOKENS, BALANCES
   from zeda_jax.distill.optimizer import SCHEDULES
   from zeda_jax.evaluate.graders import GRADERS
@@ -220,6 +222,7 @@ def _choices() -> dict[str, tuple[str, ...]]:
     "dtype": ("", "float32", "bfloat16", "float16"),
     "remat": REMAT,
     "rollout.engine": ("jax", "openai"),
+    "student.zero_expert_type": ZERO_EXPERT_TYPES,
     "sft.loss": ("cross_entropy", "forward_kl"),
     "opd.loss": ("sampled", "reverse_kl"),
     "evaluate.grader": tuple(GRADERS),
@@ -272,7 +275,8 @@ def claim_workdir(config: ml_collections.ConfigDict, contents: Mapping[str, str]
   existed = workdir.exists()
   try:
     if file.is_file():
-      before = _read_settings(file)
+      # A setting that this run's version did not know had the value that is now its default.
+      before = _binding(default_config().to_dict()) | _read_settings(file)
       mended = {name for name in settings if _is_mendable(workdir, name) and before.get(name) != settings[name]}
       _check_same(workdir, before, settings, mended)
       if measured.is_file():
