@@ -38,7 +38,12 @@ def message(response):
 
 def test_key():
   gate = Gate(echo, "sesame", 100)
-  for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "sesame"}, {"Authorization": "Basic sesame"}):
+  for headers in (
+    {},
+    {"Authorization": "Bearer wrong"},
+    {"Authorization": "sesame"},
+    {"Authorization": "Basic sesame"},
+  ):
     response = post(gate, headers=JSON | headers)
     assert response.status_code == 401 and "The API key is missing or wrong" in message(response)
     assert response.headers["WWW-Authenticate"] == "Bearer"

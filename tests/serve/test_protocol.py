@@ -40,7 +40,14 @@ def test_defaults_are_those_of_openai():
 
 
 def test_null_and_what_asks_for_nothing():
-  nothing = {"stop": None, "seed": None, "logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0.0, "best_of": 1}
+  nothing = {
+    "stop": None,
+    "seed": None,
+    "logit_bias": {},
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "best_of": 1,
+  }
   assert completion(user="me", suffix="", **nothing).stop == []
   assert chat(tools=[], tool_choice="none", response_format={"type": "text"}, store=False, metadata={"a": "b"}).n == 1
   message = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": [], "audio": None}

@@ -6,8 +6,8 @@ import os
 
 from zeda_jax.errors import ZedaError
 
-_EPILOG = """POST /v1/completions and /v1/chat/completions, GET /v1/models, /health and /metrics. SIGTERM or Ctrl-C
-answers what was begun, refuses the rest, and exits with status 0. See docs/serve.md."""
+_EPILOG = """POST /v1/completions and /v1/chat/completions, GET /v1/models, /health and /metrics.
+SIGTERM or Ctrl-C answers what was begun, refuses the rest, and exits with 0; docs/serve.md."""
 
 
 def run(command: str, args: list[str]) -> int:

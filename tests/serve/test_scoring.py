@@ -1,0 +1,42 @@
+"""Scores equal those read from all logits at once, whatever is scored together."""
+
+import numpy as np
+import pytest
+
+from tests.tiny_models import tiny_model
+from zeda_jax.serve import scoring
+from zeda_jax.serve.scoring import Scorer
+
+RNG = np.random.default_rng(0)
+LENGTHS = (1, 2, 9, 16)
+
+
+@pytest.fixture(scope="module")
+def model():
+  return tiny_model(num_zero_experts=2)
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 3])
+def test_scores(model, monkeypatch, num_top):
+  config = model.config
+  monkeypatch.setattr(scoring, "_LOGITS_BYTES", 4 * 64 * 4 * 5)  # so few that a row is done in blocks of 4 places
+  scorer = Scorer(model, max_length=64, max_tokens=64, max_rows=8)
+  assert (scorer.bucket(16), scorer.bucket(17), scorer.batch_size(16), scorer.batch_size(64)) == (16, 32, 4, 1)
+  sequences = [RNG.integers(0, config.vocab_size, length).tolist() for length in LENGTHS]
+  biases = [0.0, 1.0, -1.0, float("-inf")]
+  for row, (sequence, found) in enumerate(zip(sequences, scorer(sequences, biases, num_top), strict=True)):
+    out = model(np.array([sequence]), zero_expert_bias=biases[row])
+    logits = np.asarray(out.logits[0, :-1], np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    expected = logprobs[np.arange(len(sequence) - 1), sequence[1:]]
+    np.testing.assert_allclose(found.logprobs, expected, rtol=0, atol=1e-5)
+    assert len(found.top) == len(sequence) - 1
+    for place, top in enumerate(found.top):
+      assert len(top) >= num_top
+      assert [token for token, _ in top] == np.argsort(-logprobs[place])[: len(top)].tolist()
+      np.testing.assert_allclose([value for _, value in top], [logprobs[place, t] for t, _ in top], rtol=0, atol=1e-5)
+      if num_top and top[0][0] == sequence[place + 1]:
+        assert top[0][1] == found.logprobs[place]  # bit for bit: lm-eval compares them
+    assert found.zero_ratio == pytest.approx(float((np.asarray(out.picks) >= config.num_experts).mean()))
+    alone = scorer([sequence], biases[row : row + 1], num_top)[0]
+    np.testing.assert_allclose(alone.logprobs, found.logprobs, rtol=0, atol=1e-5)
