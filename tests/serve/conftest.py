@@ -39,7 +39,6 @@ def tokenizer(model_path):
 
 @pytest.fixture(scope="session")
 def server(model_path):
-  # The cache holds one sequence of the greatest length: under load, responses are set back, too.
-  sizes = [f"--num-slots={SLOTS}", "--max-length=1024", "--max-tokens=1024", "--warmup-length=32"]
+  sizes = [f"--num-slots={SLOTS}", "--max-length=1024", "--max-tokens=4096", "--warmup-length=32"]
   with Server(model_path, *sizes, "--max-queue=300", "--max-body-bytes=500000") as server:
     yield server

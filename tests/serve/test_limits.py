@@ -16,7 +16,7 @@ from zeda_jax.cli import main as cli
 
 KEY = "sesame"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
-LONG = {"model": "tiny", "prompt": "Z", "max_tokens": 1000, "ignore_eos": True, "seed": 1}
+LONG = {"model": "tiny", "prompt": "Z", "max_tokens": 600, "ignore_eos": True, "seed": 1}
 
 
 @pytest.fixture
@@ -80,6 +80,7 @@ def test_limits_and_the_orderly_end(server):
   assert "Traceback" not in server.output
 
 
+@pytest.mark.slow
 def test_a_second_signal_cuts_off(server):
   async def run():
     async with client(server) as web:

@@ -1,5 +1,6 @@
 """Scores equal those read from all logits at once, whatever is scored together."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,20 +14,20 @@ LENGTHS = (1, 2, 9, 16)
 
 @pytest.fixture(scope="module")
 def model():
-  return tiny_model(num_zero_experts=2)
+  return tiny_model(num_zero_experts=2, moe_layers=(True,))
 
 
-@pytest.mark.parametrize("num_top", [0, 1, 3])
+@pytest.mark.parametrize("num_top", [0, 3])
 def test_scores(model, monkeypatch, num_top):
-  config = model.config
+  config, forward = model.config, jax.jit(lambda tokens, bias: model(tokens, zero_expert_bias=bias))
   monkeypatch.setattr(scoring, "_LOGITS_BYTES", 4 * 64 * 4 * 5)  # so few that a row is done in blocks of 4 places
-  scorer = Scorer(model, max_length=64, max_tokens=64, max_rows=8)
-  assert (scorer.bucket(16), scorer.bucket(17), scorer.batch_size(16), scorer.batch_size(64)) == (16, 32, 4, 1)
+  scorer = Scorer(model, max_length=128, max_tokens=256, max_rows=8)
+  assert (scorer.bucket(64), scorer.bucket(65), scorer.batch_size(64), scorer.batch_size(128)) == (64, 128, 4, 2)
   sequences = [RNG.integers(0, config.vocab_size, length).tolist() for length in LENGTHS]
   biases = [0.0, 1.0, -1.0, float("-inf")]
   for row, (sequence, found) in enumerate(zip(sequences, scorer(sequences, biases, num_top), strict=True)):
-    out = model(np.array([sequence]), zero_expert_bias=biases[row])
-    logits = np.asarray(out.logits[0, :-1], np.float64)
+    out = forward(np.array([[*sequence, *[0] * (16 - len(sequence))]]), biases[row])
+    logits = np.asarray(out.logits[0, : len(sequence) - 1], np.float64)
     logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     expected = logprobs[np.arange(len(sequence) - 1), sequence[1:]]
     np.testing.assert_allclose(found.logprobs, expected, rtol=0, atol=1e-5)
@@ -37,6 +38,7 @@ def test_scores(model, monkeypatch, num_top):
       np.testing.assert_allclose([value for _, value in top], [logprobs[place, t] for t, _ in top], rtol=0, atol=1e-5)
       if num_top and top[0][0] == sequence[place + 1]:
         assert top[0][1] == found.logprobs[place]  # bit for bit: lm-eval compares them
-    assert found.zero_ratio == pytest.approx(float((np.asarray(out.picks) >= config.num_experts).mean()))
+    zero = np.asarray(out.picks)[:, :, : len(sequence)] >= config.num_experts
+    assert found.zero_ratio == pytest.approx(float(zero.mean()))
     alone = scorer([sequence], biases[row : row + 1], num_top)[0]
     np.testing.assert_allclose(alone.logprobs, found.logprobs, rtol=0, atol=1e-5)

@@ -11,6 +11,7 @@ import pytest
 from tests.serve.server_process import SLOTS
 
 CLIENTS = 200
+MEMORY = 8 * 2**20
 LONG = {"model": "half", "prompt": "Z", "max_tokens": 900, "ignore_eos": True}
 MALFORMED = [
   b"",
@@ -30,7 +31,7 @@ MALFORMED = [
 
 
 def good_requests():
-  """(endpoint, body) of a dozen different requests, the last one long."""
+  """(endpoint, body) of a dozen different requests."""
   rng = random.Random(0)
   for i in range(4):
     prompt = [rng.randrange(6, 128) for _ in range(rng.choice((3, 17, 40)))]
@@ -42,7 +43,6 @@ def good_requests():
     "completions",
     {"prompt": ["12+34=", "print(1)"], "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1},
   )
-  yield "completions", {"prompt": [9], "max_tokens": 250, "temperature": 0, "ignore_eos": True}
 
 
 def essence(answer):
@@ -115,19 +115,25 @@ async def storm(server, count, seed):
   return kinds, wrong
 
 
-def test_storm(server):
-  asyncio.run(storm(server, CLIENTS // 4, 1))  # allocators and thread pools grow once
-  before = server.wait_until_idle()
-  kinds, wrong = asyncio.run(storm(server, CLIENTS, 2))
+def check_storm(server, seed, before):
+  """Everything is as before; bytes that the process has grown by."""
+  kinds, wrong = asyncio.run(storm(server, CLIENTS, seed))
   assert not wrong and min(kinds.values()) >= 20, (kinds, wrong[:1])
   after = server.wait_until_idle()
   for name in ("zeda_running_responses", "zeda_queue_responses", "zeda_queue_scoring", "zeda_cache_pages_used"):
     assert after[name] == 0, name
   assert after["zeda_client_disconnects_total"] - before["zeda_client_disconnects_total"] >= kinds["leave"] // 2
   assert after["process_open_fds"] <= before["process_open_fds"] + 2
-  grown = (after["process_resident_memory_bytes"] - before["process_resident_memory_bytes"]) / 2**20
-  print(f"{dict(kinds)}, {after['zeda_preemptions_total']:.0f} set back, memory {grown:+.1f} MiB")
-  assert grown < 30
+  return after["process_resident_memory_bytes"] - before["process_resident_memory_bytes"]
+
+
+def test_storm(server):
+  grown = check_storm(server, 0, server.wait_until_idle())  # programs are compiled, allocators and thread pools grow
+  for seed in (1, 2, 3):  # a program may still be new; a leak would show each time
+    grown = check_storm(server, seed, server.metrics())
+    if grown < MEMORY:
+      break
+  assert grown < MEMORY
   assert server.process.poll() is None and "Traceback" not in server.output
 
 

@@ -1,6 +1,7 @@
 """The thread that owns the engine: what goes wrong for one job is not the others', and nothing waits for ever."""
 
 import asyncio
+import dataclasses
 import threading
 
 import pytest
@@ -97,6 +98,25 @@ def test_a_canceled_job_frees_all(worker):
   asyncio.run(run())
 
 
+def test_stops_of_responses_that_wait(model):
+  """Stop strings end what runs and what was set back for want of pages; the others go on."""
+  engine = ServingEngine(model, num_slots=4, page_size=8, max_tokens=96, max_length=96, chunk_steps=4)
+  worker = Worker(engine, Scorer(model, 96))
+  worker.start()
+
+  async def run():
+    whole = (await answer(worker, prompt(80)))[0]
+    stop = whole[50:53]
+    stopping = dataclasses.replace(prompt(80), stops=(stop,))
+    asked = [answer(worker, stopping if i % 2 else prompt(80)) for i in range(6)]
+    found = [text for text, _ in await asyncio.gather(*asked)]
+    assert found == [whole, whole.split(stop)[0]] * 3
+
+  asyncio.run(run())
+  worker.stop()
+  assert engine.statistics().preemptions > 0 and engine.statistics().pages_used == 0
+
+
 def test_the_engine_refuses(worker):
   async def run():
     with pytest.raises(ApiError, match="exceeds the 96 tokens") as error:
@@ -121,19 +141,17 @@ def test_a_text_that_cannot_be_made(worker):
   asyncio.run(run())
 
 
-def test_scores_that_cannot_be_made(worker):
+def test_scores_that_cannot_be_made(worker, monkeypatch):
   def fails(*args):
     raise MemoryError("on purpose")
 
   async def run():
-    worker._scorer.__class__.__call__, kept = fails, worker._scorer.__class__.__call__
-    try:
+    with monkeypatch.context() as patch:
+      patch.setattr(Scorer, "__call__", fails)
       good = asyncio.create_task(answer(worker, prompt(40)))
       with pytest.raises(ApiError, match="could not be scored") as error:
         await answer(worker, prompt(request=False))
       assert error.value.status == 500 and len((await good)[0]) == 40
-    finally:
-      worker._scorer.__class__.__call__ = kept
     made = job(prompt(request=False))
     worker.submit(made)
     (_, end) = [event async for event in made.events()]

@@ -15,7 +15,7 @@ from zeda_jax.models.decoder import Decoder
 from zeda_jax.models.params import Params, merge_model, split_model
 
 MAX_TOP = 20
-_SMALLEST_BUCKET = 16
+_SMALLEST_BUCKET = 64  # fewer programs are worth more than the padding of short prompts
 _LOGITS_BYTES = 64 * 2**20  # logits are made for so many places at once that they take about this
 
 
