@@ -228,6 +228,6 @@ def test_the_examples_of_the_documentation(server, client):
   for path, body in bodies:
     answer = httpx.post(f"{server.url}/{path}", json=json.loads(body) | {"model": "half"}, timeout=120)
     assert answer.status_code == 200, answer.text
-  (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+  (code,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
   code = code.replace("http://127.0.0.1:8000", server.root).replace("qwen3-half", "half")
   exec(compile(code, "docs/serve.md", "exec"), {})
