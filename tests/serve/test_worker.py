@@ -15,6 +15,7 @@ from zeda_jax.serve.serving_engine import ServingEngine
 from zeda_jax.serve.worker import Worker
 
 LENGTH = 60
+SIZES = {"num_slots": 2, "page_size": 8, "max_tokens": 96, "max_length": 96, "chunk_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def model():
 
 @pytest.fixture
 def worker(model):
-  engine = ServingEngine(model, num_slots=2, page_size=8, max_length=96, chunk_steps=4)
+  engine = ServingEngine(model, **SIZES)
   worker = Worker(engine, Scorer(model, 96, max_tokens=16))
   worker.start()
   yield worker
@@ -100,7 +101,7 @@ def test_a_canceled_job_frees_all(worker):
 
 def test_stops_of_responses_that_wait(model):
   """Stop strings end what runs and what was set back for want of pages; the others go on."""
-  engine = ServingEngine(model, num_slots=4, page_size=8, max_tokens=96, max_length=96, chunk_steps=4)
+  engine = ServingEngine(model, **SIZES)
   worker = Worker(engine, Scorer(model, 96))
   worker.start()
 
@@ -161,7 +162,7 @@ def test_scores_that_cannot_be_made(worker, monkeypatch):
 
 
 def test_a_failed_engine(model):
-  engine, failed = ServingEngine(model, num_slots=2, page_size=8, max_length=96, chunk_steps=4), threading.Event()
+  engine, failed = ServingEngine(model, **SIZES), threading.Event()
   worker = Worker(engine, Scorer(model, 96), failed.set)
 
   def fails():
@@ -182,7 +183,7 @@ def test_a_failed_engine(model):
 
 
 def test_stopping_refuses_what_runs(model):
-  worker = Worker(ServingEngine(model, num_slots=2, page_size=8, max_length=96, chunk_steps=4), Scorer(model, 96))
+  worker = Worker(ServingEngine(model, **SIZES), Scorer(model, 96))
   worker.start()
 
   async def run():

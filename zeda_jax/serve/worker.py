@@ -128,6 +128,9 @@ class Worker:
         self._choices |= {(number, i): choice for i, choice in enumerate(choices)}
     except ZedaError as error:
       self._close(job, ApiError(400, str(error)))
+    except Exception as error:
+      traceback.print_exc()
+      self._close(job, ApiError(500, f"The request could not be queued ({type(error).__name__})."))
 
   def _close(self, job: Job, error: ApiError | None) -> None:
     """Frees all that a job holds."""
@@ -135,7 +138,6 @@ class Worker:
       return
     for number in {number for (number, _), choice in self._choices.items() if choice.job is job}:
       self._engine.cancel(number)
-    self.statistics = self._engine.statistics()
     self._end(job, error)
 
   def _end(self, job: Job, error: ApiError | None) -> None:
@@ -144,6 +146,7 @@ class Worker:
     self._choices = {key: choice for key, choice in self._choices.items() if choice.job is not job}
     self._scoring = [choice for choice in self._scoring if choice.job is not job]
     job.is_closed = True
+    self.statistics = self._engine.statistics()  # first: who is told that all is free will find it so
     job.send(Closed(error))
 
   # --- results ------------------------------------------------------------------------------------------------------
