@@ -14,7 +14,7 @@ import uvicorn
 
 from zeda_jax.checkpoint.huggingface import load_hf
 from zeda_jax.config import read_config
-from zeda_jax.data.chat import check_vocabulary, eos_ids, load_tokenizer
+from zeda_jax.data.chat import Tokenizer, check_vocabulary, eos_ids, load_tokenizer
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import Decoder
 from zeda_jax.models.params import reconfigured
@@ -22,6 +22,7 @@ from zeda_jax.rollout.requests import Request
 from zeda_jax.serve.app import make_app
 from zeda_jax.serve.gate import Gate
 from zeda_jax.serve.metrics import Metrics
+from zeda_jax.serve.protocol import MAX_BIAS
 from zeda_jax.serve.scoring import Scorer
 from zeda_jax.serve.service import ServedModel, Service
 from zeda_jax.serve.serving_engine import ServingEngine
@@ -62,8 +63,11 @@ class Options:
     if self.api_key is not None and not (self.api_key and self.api_key.isascii() and self.api_key.isprintable()):
       raise ZedaError("the API key is empty or has characters that no HTTP header can hold: choose another.")
     bias = self.zero_expert_bias
-    if not (bias == float("-inf") or abs(bias) < float("inf")):  # NaN is neither
-      raise ZedaError(f"--zero-expert-bias is {bias}; expected a number, or -inf to switch the zero experts off.")
+    if not (bias == float("-inf") or abs(bias) <= MAX_BIAS):  # NaN is neither
+      raise ZedaError(
+        f"--zero-expert-bias is {bias}; expected a number from -{MAX_BIAS:g} to {MAX_BIAS:g}, or -inf to switch the "
+        "zero experts off."
+      )
 
   @property
   def name(self) -> str:
@@ -87,23 +91,7 @@ def serve(options: Options, say: Say) -> int:
   eos = eos_ids(options.model, tokenizer)
   with contextlib.closing(_bind(options.host, options.port)) as listener:  # before the model is read
     say(f"reading {options.model}")
-    model = _load(options.model)
-    config = model.config
-    shards = 1 if config.sharding is None else config.sharding.num_devices
-    slots = -(-options.num_slots // shards) * shards
-    engine = ServingEngine(model, num_slots=slots, max_tokens=options.max_tokens, max_length=options.max_length)
-    kind = f"{config.num_zero_experts} zero experts beside {config.num_experts}" if config.is_dynamic else "static"
-    say(
-      f"{config.model_type}, {kind}; {slots} slots, cache of {_cache_size(engine)}, on {jax.devices()[0].device_kind}"
-    )
-    _warm_up(engine, options, say)
-    worker = Worker(engine, Scorer(model, engine.longest, max_rows=slots // shards), _stop_this_process)
-    served = ServedModel(
-      options.name, tokenizer, eos, engine.longest, config.vocab_size, config.is_dynamic, options.zero_expert_bias
-    )
-    service = Service(served, worker, slots + options.max_queue)
-    layers = [i for i, is_moe in enumerate(config.moe_layers) if is_moe]
-    gate = make_app(service, Metrics(service, layers), options.api_key, options.max_body_bytes)
+    worker, service, gate = _prepare(options, _load(options.model), tokenizer, eos, say)
     if options.api_key is None and not _is_loopback(options.host):
       say(f"warning: anyone who reaches {options.host} can use this server: --api-key=KEY asks for a key")
     worker.start()
@@ -113,6 +101,28 @@ def serve(options: Options, say: Say) -> int:
       worker.stop()
       service.close()
     return 0 if is_clean and not worker.has_failed else 1
+
+
+def _prepare(
+  options: Options, model: Decoder, tokenizer: Tokenizer, eos: tuple[int, ...], say: Say
+) -> tuple[Worker, Service, Gate]:
+  """The engine, warm, and what is around it."""
+  config = model.config
+  shards = 1 if config.sharding is None else config.sharding.num_devices
+  slots = -(-options.num_slots // shards) * shards
+  engine = ServingEngine(model, num_slots=slots, max_tokens=options.max_tokens, max_length=options.max_length)
+  kind = f"{config.num_zero_experts} zero experts beside {config.num_experts}" if config.is_dynamic else "static"
+  device = jax.local_devices()[0].device_kind
+  say(f"{config.model_type}, {kind}; {slots} slots, cache of {_cache_size(engine)}, on {shards} x {device}")
+  _warm_up(engine, options, say)
+  worker = Worker(engine, Scorer(model, engine.longest, max_rows=slots // shards), _stop_this_process)
+  served = ServedModel(
+    options.name, tokenizer, eos, engine.longest, config.vocab_size, config.is_dynamic, options.zero_expert_bias
+  )
+  service = Service(served, worker, slots + options.max_queue)
+  layers = [i for i, is_moe in enumerate(config.moe_layers) if is_moe]
+  gate = make_app(service, Metrics(service, layers), options.api_key, options.max_body_bytes)
+  return worker, service, gate
 
 
 def _load(path: str) -> Decoder:
