@@ -91,7 +91,7 @@ def serve(options: Options, say: Say) -> int:
   eos = eos_ids(options.model, tokenizer)
   with contextlib.closing(_bind(options.host, options.port)) as listener:  # before the model is read
     say(f"reading {options.model}")
-    worker, service, gate = _prepare(options, _load(options.model), tokenizer, eos, say)
+    worker, service, gate = _prepare(options, tokenizer, eos, say)
     if options.api_key is None and not _is_loopback(options.host):
       say(f"warning: anyone who reaches {options.host} can use this server: --api-key=KEY asks for a key")
     worker.start()
@@ -103,19 +103,20 @@ def serve(options: Options, say: Say) -> int:
     return 0 if is_clean and not worker.has_failed else 1
 
 
-def _prepare(
-  options: Options, model: Decoder, tokenizer: Tokenizer, eos: tuple[int, ...], say: Say
-) -> tuple[Worker, Service, Gate]:
+def _prepare(options: Options, tokenizer: Tokenizer, eos: tuple[int, ...], say: Say) -> tuple[Worker, Service, Gate]:
   """The engine, warm, and what is around it."""
-  config = model.config
-  shards = 1 if config.sharding is None else config.sharding.num_devices
+  shards = len(jax.local_devices())
   slots = -(-options.num_slots // shards) * shards
-  engine = ServingEngine(model, num_slots=slots, max_tokens=options.max_tokens, max_length=options.max_length)
+  # The engine alone holds the model: it may keep its parameters in another form than they are read in.
+  engine = ServingEngine(
+    _load(options.model), num_slots=slots, max_tokens=options.max_tokens, max_length=options.max_length
+  )
+  config = engine.config
   kind = f"{config.num_zero_experts} zero experts beside {config.num_experts}" if config.is_dynamic else "static"
   device = jax.local_devices()[0].device_kind
   say(f"{config.model_type}, {kind}; {slots} slots, cache of {_cache_size(engine)}, on {shards} x {device}")
   _warm_up(engine, options, say)
-  worker = Worker(engine, Scorer(model, engine.longest, max_rows=slots // shards), _stop_this_process)
+  worker = Worker(engine, Scorer(engine.model, engine.longest, max_rows=slots // shards), _stop_this_process)
   served = ServedModel(
     options.name, tokenizer, eos, engine.longest, config.vocab_size, config.is_dynamic, options.zero_expert_bias
   )

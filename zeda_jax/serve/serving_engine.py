@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from zeda_jax.models.decoder import Decoder
+from zeda_jax.models.params import merge_model
 from zeda_jax.rollout.engine import Engine
 from zeda_jax.rollout.requests import Completion
 from zeda_jax.rollout.statistics import Statistics
@@ -25,6 +27,12 @@ class ServingEngine(Engine):
   @property
   def num_slots(self) -> int:
     return len(self._scheduler.slots)
+
+  @property
+  def model(self) -> Decoder:
+    """The model with the very arrays that the engine uses, wherever it has put them."""
+    assert self._params is not None
+    return merge_model(self._graphdef, self._params)
 
   def forget_statistics(self) -> None:
     """Counts from zero, as after a warm-up."""
