@@ -20,7 +20,8 @@ from zeda_jax.models.decoder import inject
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 CONTEXT = 2048
-SLOTS = 8  # of the server that the tests share
+SLOTS = 8
+SIZES = [f"--num-slots={SLOTS}", "--max-length=1024", "--max-tokens=4096"]  # one set of programs for all servers
 
 
 def write_model(path: pathlib.Path) -> pathlib.Path:
