@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.serve.server_process import SIZES, Server, write_model
+from tests.serve.server_process import SLOTS, Server, write_model
 from zeda_jax.checkpoint.huggingface import load_hf
 from zeda_jax.data.chat import load_tokenizer
 
@@ -39,5 +39,6 @@ def tokenizer(model_path):
 
 @pytest.fixture(scope="session")
 def server(model_path):
-  with Server(model_path, *SIZES, "--warmup-length=32", "--max-queue=300", "--max-body-bytes=500000") as server:
+  sizes = [f"--num-slots={SLOTS}", "--max-length=1024", "--max-tokens=4096", "--warmup-length=32"]
+  with Server(model_path, *sizes, "--max-queue=300", "--max-body-bytes=500000") as server:
     yield server

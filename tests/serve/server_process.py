@@ -20,8 +20,7 @@ from zeda_jax.models.decoder import inject
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 CONTEXT = 2048
-SLOTS = 8
-SIZES = [f"--num-slots={SLOTS}", "--max-length=1024", "--max-tokens=4096"]  # one set of programs for all servers
+SLOTS = 8  # of the server that the tests share
 
 
 def write_model(path: pathlib.Path) -> pathlib.Path:
