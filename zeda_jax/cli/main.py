@@ -22,6 +22,7 @@ COMMANDS = {
   "plan": ("plan", "whether a stage fits a TPU slice, and about how fast it can be"),
   "inject": ("inject", "add zero experts to a Hugging Face directory, untrained"),
   "generate": ("generate", "answer prompts with a static or dynamic checkpoint"),
+  "serve": ("serve", "an OpenAI-compatible HTTP server for a static or dynamic checkpoint"),
   "bench": ("bench", "speed of the grouped matmul and of the MoE layer on this machine"),
 }
 
