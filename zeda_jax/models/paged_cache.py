@@ -129,7 +129,10 @@ def _write(*arguments: Array) -> Pages:
   page = jnp.take_along_axis(table, jnp.minimum(place, table.shape[1] - 1), axis=1)
   page = jnp.where(live & (place < table.shape[1]), page, num_pages)
   at = positions % page_size
-  return tuple(p.at[layer, page, :, at].set(x.astype(p.dtype), mode="drop") for p, x in zip(pages, new, strict=True))
+  # Heads have an index, too, though all are written: what is left to each index is one row of memory. A TPU's compiler
+  # would otherwise turn the whole cache around before and after.
+  where = layer, page[..., None], jnp.arange(pages[0].shape[2]), at[..., None]
+  return tuple(p.at[where].set(x.astype(p.dtype), mode="drop") for p, x in zip(pages, new, strict=True))
 
 
 def _attend(query: Array, layer: Array, table: Array, lengths: Array, *pages: Array, scale, value_dim) -> Array:
