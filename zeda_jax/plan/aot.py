@@ -7,9 +7,13 @@ import pathlib
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zeda_jax.errors import ZedaError
+
+if TYPE_CHECKING:  # both import JAX, which must find the environment below
+  from zeda_jax.plan.program import Sent
+  from zeda_jax.sharding import Sharding
 
 # What libtpu asks the machine for when there is no TPU in it. Set before JAX is imported.
 ENVIRONMENT = {
@@ -26,17 +30,17 @@ ENVIRONMENT = {
 # Half the time to compile, with the same collectives. On slices of 2 x 2 chips the compiler crashes then when it sums a
 # small array and cuts it over all four.
 QUICKLY = {"exec_time_optimization_effort": -1.0}
-_TOO_FEW_TO_BE_QUICK = 4  # devices
+TOO_FEW_TO_BE_QUICK = 4  # devices
 
 
 class Compiled(NamedTuple):
-  """What the compiler says of one device's program; `text` is None where it does not fit."""
+  """What the compiler says of one device's program; `traffic` is None where it does not fit."""
 
   arguments: float  # bytes
   outputs: float  # bytes of results that do not replace arguments
   temporaries: float
   needed: float  # bytes in all, where the compiler refused the program as too large; else 0
-  text: str | None
+  traffic: "list[Sent] | None"
 
 
 def find_libtpu() -> bool:
@@ -66,19 +70,29 @@ def describe_devices(name: str) -> Sequence[Any]:
 
 
 def compile_program(
-  function: Any, arguments: tuple[Any, ...], mesh: Any, static: dict[str, Any] | None = None
+  function: Any, arguments: tuple[Any, ...], sharding: "Sharding", static: dict[str, Any], quickly: bool
 ) -> Compiled:
-  """Compiles a jitted function for the devices of the mesh.
+  """Compiles a jitted function for the devices of the mesh. A compiler that crashes takes this process with it: see
+  plan/apart.py.
+
+  Args:
+    function: jitted.
+    arguments: as shapes that lie where they will.
+    sharding: whose mesh has the topology's devices.
+    static: the function's static arguments.
+    quickly: with QUICKLY, where it is known to work.
 
   Raises:
     ZedaError: the compiler fails for another reason than memory.
   """
   import jax
 
-  with jax.set_mesh(mesh):
-    lowered = function.lower(*arguments, **(static or {}))
+  from zeda_jax.plan.program import sent
+
+  with jax.set_mesh(sharding.mesh):
+    lowered = function.lower(*arguments, **static)
     try:
-      compiled = lowered.compile(compiler_options=QUICKLY if mesh.size > _TOO_FEW_TO_BE_QUICK else None)
+      compiled = lowered.compile(compiler_options=QUICKLY if quickly else None)
     except jax.errors.JaxRuntimeError as error:
       needed = _refused(str(error))
       if not needed:
@@ -90,7 +104,7 @@ def compile_program(
     outputs=max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
     temporaries=memory.temp_size_in_bytes,
     needed=0,
-    text=compiled.as_text(),
+    traffic=sent(compiled.as_text(), sharding.capacity if sharding.expert_devices > 1 else 1.0),
   )
 
 
