@@ -165,11 +165,12 @@ def _memory_traffic(
   program: str, config: ModelConfig, load: Load, sharding: Sharding, numbers: dict[str, float], ratio: float
 ) -> float:
   """Bytes between one device's memory and its compute units in a run: matrices once, those of experts that no token
-  picked left out, with the picks spread evenly; the cache; activations and rows."""
+  picked left out, with the picks spread evenly; what copies a layer's experts out of the stack that is scanned, which
+  the compiled programs do whether they are picked or not; the cache; activations and rows."""
   size, devices = jnp.dtype(config.dtype).itemsize, sharding.num_devices
   tokens = _tokens(program, load, devices)
   picked = 1 - (1 - (1 - ratio) * config.num_experts_per_tok / config.num_experts) ** tokens
-  matrices = picked * numbers["experts"] / sharding.expert_devices + numbers["others"]
+  matrices = (picked + 2) * numbers["experts"] / sharding.expert_devices + numbers["others"]
   mine = tokens // devices
   wide = 8 * config.hidden_size + 4 * config.num_heads * config.head_dim
   activations = config.num_layers * mine * wide
