@@ -1,7 +1,6 @@
 """The TPU compiler on a machine without a TPU: where it is, what it must be told, and what it says of a program."""
 
 import importlib.util
-import math
 import os
 import pathlib
 import re
@@ -32,14 +31,26 @@ ENVIRONMENT = {
 QUICKLY = {"exec_time_optimization_effort": -1.0}
 TOO_FEW_TO_BE_QUICK = 4  # devices
 
+_SIZE = r"([\d.]+)([KMGT]?)(?:i?B)?"
+_TOO_LARGE = {
+  "needed": rf"Used {_SIZE} of [\d.]+[KMGT]?(?:i?B)? hbm",
+  "temporaries": rf"required for HLO temporaries \({_SIZE}\) exceeds",
+}
+
 
 class Compiled(NamedTuple):
-  """What the compiler says of one device's program; `traffic` is None where it does not fit."""
+  """What the compiler says of one device's program.
 
-  arguments: float  # bytes
-  outputs: float  # bytes of results that do not replace arguments
+  Attributes:
+    outputs: bytes of results that do not replace arguments.
+    temporaries: bytes beside arguments and results.
+    needed: bytes in all, where the compiler refused the program and told them; else 0.
+    traffic: what it sends; None where the compiler refused it for its memory.
+  """
+
+  outputs: float
   temporaries: float
-  needed: float  # bytes in all, where the compiler refused the program as too large; else 0
+  needed: float
   traffic: "list[Sent] | None"
 
 
@@ -94,13 +105,12 @@ def compile_program(
     try:
       compiled = lowered.compile(compiler_options=QUICKLY if quickly else None)
     except jax.errors.JaxRuntimeError as error:
-      needed = _refused(str(error))
-      if not needed:
+      refused = refusal(str(error))
+      if refused is None:
         raise ZedaError(f"The TPU compiler fails: {' '.join(str(error).split())[:400]}") from error
-      return Compiled(0, 0, 0, needed, None)
+      return refused
   memory = compiled.memory_analysis()
   return Compiled(
-    arguments=memory.argument_size_in_bytes,
     outputs=max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
     temporaries=memory.temp_size_in_bytes,
     needed=0,
@@ -108,9 +118,11 @@ def compile_program(
   )
 
 
-def _refused(message: str) -> float:
-  """Bytes that a program which was refused for its memory needs; 0 if that was not the reason."""
-  found = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", message)
-  if found is not None:
-    return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
-  return math.inf if "RESOURCE_EXHAUSTED" in message else 0
+def refusal(message: str) -> Compiled | None:
+  """What the compiler tells of a program that is too large for the memory; None if that was not the reason."""
+  for what in ("needed", "temporaries"):
+    found = re.search(_TOO_LARGE[what], message)
+    if found is not None:
+      size = float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
+      return Compiled(outputs=0, traffic=None, **{"needed": 0.0, "temporaries": 0.0, what: size})
+  return Compiled(0, 0, 0, None) if "RESOURCE_EXHAUSTED" in message else None

@@ -24,7 +24,7 @@ from zeda_jax.plan.generation import (
   rows_at_once,
   stage_load,
 )
-from zeda_jax.plan.plan import RATIOS, changed, deciding_settings, job_of
+from zeda_jax.plan.plan import RATIOS, changed, deciding_settings, job_of, needed_bytes
 from zeda_jax.plan.program import Sent
 from zeda_jax.plan.roofline import step_times
 from zeda_jax.plan.steps import abstract_models, bytes_per_device, make_sharding
@@ -62,10 +62,10 @@ def make_engine_plan(
                   for p in PROGRAMS}  # fmt: skip
       source = "compiled"
       for program, found in compiled.items():
-        if found.traffic is None:  # refused: this much in all
-          needed = max(needed, found.needed)
-        else:
-          beside[program], traffic[program] = found.temporaries + found.outputs, found.traffic
+        beside[program] = found.temporaries + found.outputs or beside[program]
+        kinds = {"held": parameters + cache, "temporaries": beside[program]}
+        needed = max(needed, needed_bytes(found, kinds, topology.memory))
+        traffic[program] = traffic[program] if found.traffic is None else found.traffic
     except CompilerCrash as crash:
       note = crash_note(crash)
   ratios = RATIOS if dynamic else RATIOS[:1]

@@ -40,11 +40,13 @@ class Load:
     slots: responses decoded together, on all devices.
     prompt: tokens of the longest prompt.
     new: tokens of the longest response.
+    cache_tokens: for which the pages of all slots together have room; 0: for all slots at full length.
   """
 
   slots: int
   prompt: int
   new: int
+  cache_tokens: int = 0
   page_size: int = 64
   chunk_steps: int = 16
   prefill_tokens: int = 2048
@@ -62,14 +64,19 @@ class Load:
   def pages_per_slot(self) -> int:
     return pages_for(self.length, self.page_size)
 
+  def pages(self, devices: int) -> int:
+    """Of the cache, on all devices; as many on each."""
+    asked = pages_for(self.cache_tokens, self.page_size) or self.slots * self.pages_per_slot
+    return -(-asked // devices) * devices
+
   def padded(self, devices: int) -> "Load":
     """With as many slots on every device."""
     return dataclasses.replace(self, slots=-(-self.slots // devices) * devices)
 
   def scheduler(self, devices: int) -> Scheduler:
-    """The engine's, with pages for all slots at full length."""
+    """The engine's."""
     sizes = (self.page_size, [self.bucket], self.prefill_tokens, self.chunk_steps)
-    return Scheduler(self.slots, self.slots * self.pages_per_slot, *sizes, devices)
+    return Scheduler(self.slots, self.pages(devices), *sizes, devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +154,8 @@ class EnginePlan:
 
 def stage_load(config: ml_collections.ConfigDict, prompt_tokens: int) -> Load:
   """What the recipe's rollout stage asks of the engine."""
-  return Load(config.rollout.batch_size, prompt_tokens, config.rollout.max_new_tokens)
+  settings = config.rollout
+  return Load(settings.batch_size, prompt_tokens, settings.max_new_tokens, settings.get("cache_tokens", 0))
 
 
 def check_load(load: Load, model: ModelConfig) -> None:
@@ -160,8 +168,8 @@ def check_load(load: Load, model: ModelConfig) -> None:
 
 
 def cache_bytes(load: Load, model: ModelConfig, devices: int) -> float:
-  """Of one device's pages: all its slots at full length."""
-  return float(load.slots // devices * load.pages_per_slot * page_bytes(model, load.page_size))
+  """Of one device's pages."""
+  return float(load.pages(devices) // devices * page_bytes(model, load.page_size))
 
 
 def engine_model(models: Models, dynamic: bool) -> tuple[nnx.GraphDef, Params, ModelConfig]:
@@ -185,9 +193,8 @@ def engine_program(
   """
   graphdef, params, config = engine_model(models, dynamic)
   scheduler = load.scheduler(sharding.num_devices)
-  pages = jax.eval_shape(
-    lambda: init_pages(config.replace(sharding=None), load.slots * load.pages_per_slot, load.page_size)
-  )
+  count = load.pages(sharding.num_devices)
+  pages = jax.eval_shape(lambda: init_pages(config.replace(sharding=None), count, load.page_size))
   where = pages_sharding(sharding)
   pages = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=where) for p in pages)
   first = (graphdef, placed(params, sharding), pages)

@@ -1,6 +1,7 @@
 """One plan: a training stage of the recipe on a topology, compiled or estimated. (Generation: engine.py.)"""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,8 @@ def make_plan(
   if compiling:
     try:
       compiled = compile_apart(job_of(config, model, topology, stage, prompt_tokens, "step"), topology.devices)
-      source, needed, kinds = "compiled", *_measured(kinds, compiled, _held(kinds))
+      source, kinds = "compiled", _measured(kinds, compiled)
+      needed = needed_bytes(compiled, kinds, topology.memory)
       traffic = traffic if compiled.traffic is None else compiled.traffic
     except CompilerCrash as crash:
       note = crash_note(crash)
@@ -168,25 +170,27 @@ def job_of(
   return Job(settings, raw, topology.name, stage, prompt_tokens, program, dynamic, quickly=False)
 
 
-def _held(kinds: dict[str, float]) -> float:
-  return sum(kinds.get(name, 0.0) for name in ("parameters", "optimizer", "teacher"))
+def needed_bytes(compiled: Compiled, kinds: dict[str, float], available: float) -> float:
+  """Bytes of one device, by what the compiler tells; more than there are where it refuses the program."""
+  needed = compiled.needed or sum(kinds.values())
+  return needed if compiled.traffic is not None else max(needed, math.nextafter(available, math.inf))
 
 
-def _measured(kinds: dict[str, float], compiled: Compiled, held: float) -> tuple[float, dict[str, float]]:
-  """(bytes needed, bytes by kind), with what the compiler says in place of the estimated temporaries.
+def _measured(kinds: dict[str, float], compiled: Compiled) -> dict[str, float]:
+  """Bytes by kind, with what the compiler says in place of the estimated temporaries.
 
   Arrays that student and teacher share are two arguments of the program and one in memory: arguments are counted from
   the shapes, which the compiler's own number differs from by the batch and by padding of small arrays.
   """
-  if compiled.needed:
-    return compiled.needed, kinds
   temporaries = compiled.temporaries + compiled.outputs
+  if not temporaries:  # refused, and not told
+    return kinds
   chosen = lambda names: {name: kinds[name] for name in names if name in kinds}
   named = chosen(("gradients", "activations"))
   scale = min(1.0, temporaries / max(sum(named.values()), 1.0))
   named = {name: value * scale for name, value in named.items()}
   rest = {"temporaries": temporaries - sum(named.values())}
-  return held + temporaries, {**chosen(("parameters", "optimizer", "teacher")), **named, **rest}
+  return {**chosen(("parameters", "optimizer", "teacher")), **named, **rest}
 
 
 def _flops(
