@@ -1,11 +1,15 @@
-"""The whole model's benchmark: the engine's prefill and decode, static against dynamic, beside what FLOPs promise."""
+"""The whole model's benchmark: the engine's forward passes, static against dynamic, beside what FLOPs promise."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from zeda_jax.analysis.flops import theoretical_speedup
 from zeda_jax.bench.machine import header, this_machine
@@ -23,10 +27,10 @@ from zeda_jax.bench.model_weights import Twin, check_memory, checkpoint_twins, r
 from zeda_jax.bench.timing import Timing, measure
 from zeda_jax.config import ModelConfig
 from zeda_jax.errors import ZedaError
-from zeda_jax.models.paged_cache import Pages, init_pages, page_bytes
-from zeda_jax.models.params import Params
+from zeda_jax.models.paged_cache import PagedCache, Pages, init_pages, page_bytes
+from zeda_jax.models.params import Params, merge_model
 from zeda_jax.plan.models import MODELS
-from zeda_jax.rollout.decoding import Slots, decode, prefill
+from zeda_jax.rollout.decoding import Slots, decode
 from zeda_jax.rollout.pages import pages_for
 from zeda_jax.rollout.sampling import RowSampling
 
@@ -48,21 +52,18 @@ def resolved(options: ModelOptions) -> ModelOptions:
   return dataclasses.replace(options, **changes)
 
 
-def bench_model(
-  options: ModelOptions, say: Callable[[str], None] = lambda text: None, geometry: ModelConfig | None = None
-) -> ModelReport:
+def bench_model(options: ModelOptions, say: Callable[[str], None] = lambda text: None) -> ModelReport:
   """Measures what `options` asks for.
 
   Args:
     options: see there.
     say: told what is being measured.
-    geometry: of random weights, in place of the one that options.model names.
 
   Raises:
     ZedaError: an unknown model, lengths beyond its context, or too little memory.
   """
   options = resolved(options)
-  name, config = find_geometry(options.model) if geometry is None else (options.model, geometry)
+  name, config = find_geometry(options.model)
   lengths, dtype = tuple(options.lengths or ()), str(options.dtype)
   if max(lengths) + options.steps > config.max_position_embeddings:
     raise ZedaError(
@@ -71,7 +72,7 @@ def bench_model(
     )
   on_cpu = jax.default_backend() == "cpu"
   say(f"{name}: weights of {options.layers or config.num_layers} of {config.num_layers} layers")
-  if geometry is None and options.model not in MODELS:
+  if options.model not in MODELS:
     static, dynamic = checkpoint_twins(options.model, options.layers, dtype, unstack=on_cpu)
   else:  # layers apart on a CPU, as the engine has them there
     static, dynamic = random_twins(with_layers(config, options.layers).replace(dtype=dtype, stack_layers=not on_cpu))
@@ -82,7 +83,7 @@ def bench_model(
     for length in lengths:
       say(f"{stage} of {length} tokens")
       rows.append(bench.row(stage, length, bias))
-  if geometry is None and name == PAPER_MODEL and options.ratio == PAPER_RATIO:
+  if options.model == PAPER_MODEL and options.ratio == PAPER_RATIO:
     rows = [row._replace(paper=PAPER.get((row.stage, row.length))) for row in rows]
   machine = this_machine(dtype, small=config.hidden_size < _SMALL)
   return ModelReport(
@@ -106,10 +107,35 @@ def _sizes_note(config: ModelConfig, whole: ModelConfig, bias: float) -> str:
 def _how_note(options: ModelOptions) -> str:
   sequences = f"{options.slots} sequence{'s' if options.slots > 1 else ''} decoded together"
   return (
-    f"the engine's own prefill and decode; prefill reads one sequence of l tokens; {sequences}, {options.steps} steps "
-    "at half of l, where a step takes the mean of l steps, sampling at temperature 1; static and dynamic in turns, "
+    f"the engine's prefill, of one sequence of l tokens, and its decode: {sequences}, {options.steps} steps at half of "
+    "l, where a step takes the mean of l steps, sampling at temperature 1; static and dynamic in turns, "
     f"{options.repeats} rounds or more; speed-ups are of medians"
   )
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="pages")
+def _prefill(
+  graphdef: nnx.GraphDef,
+  params: Params,
+  pages: Pages,
+  tokens: Int[Array, "1 T"],
+  lengths: Int[Array, " 1"],
+  table: Int[Array, "1 W"],
+  zero_expert_bias: Float[Array, " 1"],
+) -> tuple[Pages, tuple[Int[Array, ""], Float[Array, " H"]]]:
+  """The engine's prefill of one prompt; but the last layer's output is wanted, too.
+
+  The engine keeps nothing that follows from the last layer's experts, so that XLA leaves them out where it can: of one
+  layer, none would be left to measure.
+  """
+  model = merge_model(graphdef, params)
+  index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+  live = index < lengths[:, None]
+  bias = jnp.repeat(zero_expert_bias, tokens.shape[1])[:, None]
+  out = model.hidden(tokens, live.astype(jnp.int32), index, bias, cache=PagedCache(pages, table, fresh=True))
+  assert isinstance(out.cache, PagedCache)
+  zero = (out.picks >= model.config.num_experts) & live[:, :, None]
+  return out.cache.pages, (zero.sum(), out.hidden.sum(axis=(0, 1)))
 
 
 @dataclasses.dataclass
@@ -146,9 +172,9 @@ class _Bench:
 
   def prefill(self, twin: Twin, length: int, bias: float) -> "_Call":
     pages, arguments = _pages(twin.config, length, 1), _prompt(twin.config, length, bias)
-    run = self._program(prefill, twin, pages, arguments, with_picks=False)
+    run = self._program(_prefill, twin, pages, arguments)
     picks = _picks(twin.config, length)
-    return _Call(run, twin.params, pages, arguments, lambda reading: int(reading.zero_picks[0]) / picks)
+    return _Call(run, twin.params, pages, arguments, lambda found: int(found[0]) / picks)
 
   def decode(self, twin: Twin, length: int, bias: float) -> "_Call":
     """Steps in the middle of the `length` tokens: the time of a step is linear in what the cache holds."""
