@@ -21,6 +21,7 @@ COMMANDS = {
   "plan": ("plan", "whether a stage fits a TPU slice, and about how fast it can be"),
   "inject": ("inject", "add zero experts to a Hugging Face directory, untrained"),
   "generate": ("generate", "answer prompts with a static or dynamic checkpoint"),
+  "evaluate": ("evaluate", "scores on benchmarks by the paper's protocol; two models compared"),
   "bench": ("bench", "speed of the grouped matmul and of the MoE layer on this machine"),
 }
 
