@@ -45,8 +45,9 @@ def summarize(samples: Sequence[Mapping[str, Any]], num_samples: int) -> dict[st
 
   Returns:
     "mean" (over problems, of the mean over a problem's samples) and its "standard_error"; "pass_at": by k, powers of
-    two and n, over the problems with so many graded samples; lengths in tokens; "zero_ratio": averaged over "response"s,
-    over response "token"s, and over "all" tokens with the prompts'. None where there is nothing to average.
+    two and n, over the problems with so many graded samples; "length"s in tokens; "zero_ratio": averaged over
+    "response"s, over response "token"s, and over "all" tokens, the prompts' included. None where there is nothing to
+    average.
   """
   scores = by_problem(samples)
   means = [float(np.mean(values)) for values in scores.values()]

@@ -3,6 +3,8 @@
 It stops what takes too long by signals, which only a process's main thread may set: call this from one (see worker.py).
 """
 
+from collections.abc import Iterator
+
 from zeda_jax.errors import ZedaError
 
 SECONDS = 5  # for each step of one comparison
@@ -35,11 +37,19 @@ def same_answer(answer: str, response: str) -> tuple[bool, str]:
   if not wanted:
     raise ValueError(f"math-verify cannot read the right answer {answer!r}")
   try:
-    found = parse(response, parsing_timeout=SECONDS, raise_on_error=True)
-    if not found:
-      return False, "no answer found"
-    return bool(verify(wanted, found, timeout_seconds=SECONDS, raise_on_error=True)), ""
+    for text in _readings(response):
+      found = parse(text, parsing_timeout=SECONDS, raise_on_error=True)
+      if found and verify(wanted, found, timeout_seconds=SECONDS, raise_on_error=True):
+        return True, ""
+    return False, "" if found else "no answer found"
   except TimeoutException:
     return False, f"the comparison took more than {SECONDS} s"
   except Exception as error:  # an answer that SymPy cannot take is no right answer
     return False, f"{type(error).__name__}: {error}"[:200]
+
+
+def _readings(response: str) -> Iterator[str]:
+  """The response, of which math-verify makes one set of all its boxes; and from its last box on, which may correct them."""
+  yield response
+  if response.count("\\boxed") > 1:
+    yield response[response.rindex("\\boxed") :]

@@ -85,6 +85,13 @@ def _first(fields: Mapping[str, Any], names: Sequence[str]) -> Any:
   return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
+def _texts(fields: Mapping[str, Any], name: str, where: str) -> list[str]:
+  found = fields.get(name) or []
+  if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+    raise ZedaError(f"{where}: '{name}' is {type_name(found)}; expected a list of texts.")
+  return found
+
+
 def _id(fields: Mapping[str, Any], index: int) -> str:
   found = _first(fields, _IDS)
   return str(found) if isinstance(found, (str, int)) and str(found) else f"#{index}"
@@ -115,7 +122,7 @@ def _choice(fields: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict
     if not isinstance(choices, list) or len(choices) > len(LETTERS):
       raise ZedaError(f"{where}: 'choices' is {type_name(choices)}; expected a list of at most {len(LETTERS)} texts.")
     found = _first(fields, ("correct_letter", *_ANSWERS))
-  letters = LETTERS[: len(choices)] or "".join(fields.get("valid_letters") or "ABCD")
+  letters = LETTERS[: len(choices)] or "".join(_texts(fields, "valid_letters", where)) or "ABCD"
   if isinstance(found, str) and found.strip().isdigit():
     found = int(found)
   if isinstance(found, int) and not isinstance(found, bool) and 0 <= found < len(letters):
@@ -129,10 +136,10 @@ def _choice(fields: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict
 
 def _function(fields: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, str]]:
   """{"test", "entry_point", "header"}: a program that raises if the solution is wrong, and what stands before it."""
-  tests = fields.get("test_list") or []
+  tests = _texts(fields, "test_list", where)
   test = _first(fields, ("test", "label"))
   if test is None and tests:
-    test = "\n".join([*(fields.get("test_imports") or []), *tests])
+    test = "\n".join([*_texts(fields, "test_imports", where), *tests])
   if not isinstance(test, str) or not test.strip():
     raise ZedaError(f"{where}: 'test' is {type_name(test)}; expected a Python program, or 'test_list' with assertions.")
   entry = fields.get("entry_point")
@@ -179,13 +186,18 @@ def _tests(fields: Mapping[str, Any], where: str) -> tuple[list[Any], str | None
     function = tests.get("fn_name")
     plain = lambda x: x if isinstance(x, str) else json.dumps(x)
     call = lambda x: "\n".join(json.dumps(a) for a in x) if function and isinstance(x, list) else plain(x)
-    pairs = zip(tests.get("inputs", []), tests.get("outputs", []), strict=False)
+    inputs, outputs = tests.get("inputs"), tests.get("outputs")
+    if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
+      raise ZedaError(f"{where}: 'tests' has no 'inputs' and 'outputs' that are lists of one length.")
+    pairs = zip(inputs, outputs, strict=True)
     return [{"input": call(i), "output": plain(o)} for i, o in pairs], function
   found: list[Any] = []
   for name in ("public_test_cases", "private_test_cases"):
     value = fields.get(name)
     if isinstance(value, str) and value:
       value = _json(value if value.lstrip().startswith("[") else _unpack(value, name, where), name, where)
+    if value is not None and not isinstance(value, list):
+      raise ZedaError(f"{where}: '{name}' is {type_name(value)}; expected a list of tests.")
     found += value or []
   return found, None
 

@@ -204,10 +204,11 @@ def _read(file: pathlib.Path, limits: Limits) -> str:
 
 
 def _weak(layers: str) -> str:
+  found = layers.replace(",", ", ") or "none"
   return (
-    f"programs cannot be contained here: of {', '.join(LAYERS)} this machine offers {layers.replace(',', ', ') or 'none'}"
-    "; expected seccomp, and mounts or landlock (Linux 5.13 or newer on x86_64 or aarch64). Run code tasks on such a "
-    "machine, or, where nothing can be lost, with --allow-weak-sandbox."
+    f"programs cannot be contained here: of {', '.join(LAYERS)} this machine offers {found}; expected seccomp, and "
+    "mounts or landlock (Linux 5.13 or newer on x86_64 or aarch64). Run code tasks on such a machine, or, where "
+    "nothing can be lost, with --allow-weak-sandbox."
   )
 
 
