@@ -13,8 +13,14 @@ RNG = np.random.default_rng(0)
 
 def sample(problem, number, score, tokens=10, prompt=5, zero=0.5, zero_all=0.4, reason="stop"):
   return {
-    "id": problem, "sample": number, "score": score, "num_tokens": tokens, "num_prompt_tokens": prompt,
-    "zero_ratio": zero, "zero_ratio_all": zero_all, "finish_reason": reason,
+    "id": problem,
+    "sample": number,
+    "score": score,
+    "num_tokens": tokens,
+    "num_prompt_tokens": prompt,
+    "zero_ratio": zero,
+    "zero_ratio_all": zero_all,
+    "finish_reason": reason,
   }
 
 

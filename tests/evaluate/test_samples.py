@@ -41,7 +41,7 @@ def test_a_broken_line_in_the_middle_is_an_error_and_nothing_is_cut(tmp_path):
   file = tmp_path / "samples.jsonl"
   file.write_text(json.dumps(line(0)) + "\n{broken\n" + json.dumps(line(1)) + "\n")
   before = file.read_bytes()
-  with pytest.raises(ZedaError, match="samples.jsonl:2: broken JSON"):
+  with pytest.raises(ZedaError, match=r"samples\.jsonl:2: broken JSON"):
     SampleLog(file)
   assert file.read_bytes() == before
 

@@ -49,7 +49,7 @@ def same_answer(answer: str, response: str) -> tuple[bool, str]:
 
 
 def _readings(response: str) -> Iterator[str]:
-  """The response, of which math-verify makes one set of all its boxes; and from its last box on, which may correct them."""
+  """The response, of whose boxes math-verify makes one set; and its end from its last box on, which may correct it."""
   yield response
   if response.count("\\boxed") > 1:
     yield response[response.rindex("\\boxed") :]

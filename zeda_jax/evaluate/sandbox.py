@@ -48,6 +48,11 @@ class Limits:
   disk_bytes: int = 64 << 20
   open_files: int = 64
 
+  def __post_init__(self) -> None:
+    for field in dataclasses.fields(self):
+      if getattr(self, field.name) <= 0:
+        raise ZedaError(f"{field.name} is {getattr(self, field.name)}; expected more than 0.")
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
