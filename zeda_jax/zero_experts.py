@@ -93,7 +93,8 @@ def route(
     top_k: K.
     num_experts: N; ids from N on are zero experts.
     correction: added to the scores for the choice of the picks only, so that no gradient reaches it.
-    num_groups, top_groups: see `choice_scores`.
+    num_groups: see `choice_scores`.
+    top_groups: see `choice_scores`.
     normalize: whether the weights of all K picks sum to 1 (before `scaling`).
     scaling: factor of all weights.
     execute_top_k: run only the best k1 of the K picks, weights still normalised over all K (arXiv 2609.04575). The best
