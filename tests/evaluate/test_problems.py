@@ -2,6 +2,7 @@
 
 import base64
 import json
+import pathlib
 import pickle
 import zlib
 
@@ -260,3 +261,12 @@ def test_any_texts_survive_a_file(tmp_path_factory, pairs, blank):
   file.write_text("".join(lines), encoding="utf-8")
   found = load_problems(Task("mine", "Mine", "exact", "{problem}"), source=str(file))
   assert [(p.prompt, p.answer) for p in found] == [(problem.strip("\n"), answer.strip()) for problem, answer in pairs]
+
+
+def test_the_examples_of_the_documentation():
+  page = pathlib.Path(__file__).parents[2].joinpath("docs", "evaluate.md").read_text()
+  lines = page.partition("```json\n")[2].partition("```")[0].splitlines()
+  tasks = ("aime24", "aime24", "gpqa_diamond", "livecodebench_v6")
+  problems = [read(name, json.loads(line)) for name, line in zip(tasks, lines, strict=True)]
+  assert [problem.id for problem in problems] == ["aime-1", "aime-1", "#7", "#7"]
+  assert problems[1].answer == "204" and problems[2].answer["letter"] == "A"
