@@ -55,6 +55,13 @@ def test_a_failure_is_tried_again_and_is_no_score(monkeypatch):
   assert failed == Verdict(None, failure="the grader broke", attempts=3) and len(calls) == 6
 
 
+def test_a_graders_own_mistake_is_a_failure(monkeypatch):
+  monkeypatch.setattr(Graders, "_once", lambda *_: 1 / 0)
+  with Graders(num_workers=1) as graders:
+    found = graders.submit("exact", problem("a"), "a").result()
+  assert found == Verdict(None, failure="ZeroDivisionError: division by zero", attempts=3)
+
+
 def test_a_worker_that_dies_is_replaced(monkeypatch):
   ask = grading._Worker.ask
   killed = []

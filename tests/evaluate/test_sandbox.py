@@ -12,7 +12,7 @@ from zeda_jax.errors import ZedaError
 from zeda_jax.evaluate import sandbox
 from zeda_jax.evaluate.sandbox import Limits, run
 
-SHORT = Limits(cpu_seconds=1, wall_seconds=2.5)
+SHORT = Limits(cpu_seconds=1, wall_seconds=1.5)
 HERE = pathlib.Path(__file__).resolve()
 
 
@@ -58,7 +58,7 @@ def test_values_are_reported_apart_from_output():
 
 
 @pytest.mark.parametrize(
-  "program", ["while True: pass", "import time; time.sleep(60)", "import signal; signal.pause()"]
+  "program", ["while True: pass", "import time; time.sleep(60)"]
 )
 def test_endless_programs_are_stopped(program):
   start = time.monotonic()

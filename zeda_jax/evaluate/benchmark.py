@@ -350,7 +350,7 @@ def _sample(plan: Plan, item: Item, key: Key, completion: Completion) -> dict[st
 
 def decode(tokenizer: chat.Tokenizer, tokens: Sequence[int]) -> str:
   """Text without special tokens, but with those that end the reasoning, which some tokenizers call special."""
-  kept = {tokenizer.convert_tokens_to_ids(name) for name in ("<think>", "</think>")}
+  kept = {tokenizer.convert_tokens_to_ids(name) for name in ("<think>", "</think>")} - {tokenizer.unk_token_id}
   dropped = set(tokenizer.all_special_ids) - kept
   return tokenizer.decode([token for token in tokens if token not in dropped], skip_special_tokens=False)
 

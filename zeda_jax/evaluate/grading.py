@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
+from zeda_jax.errors import ZedaError
 from zeda_jax.evaluate import code, instructions, mathematics, sandbox
 from zeda_jax.evaluate.answers import chosen_letter
 from zeda_jax.evaluate.graders import GRADERS
@@ -107,8 +108,12 @@ class Graders:
       try:
         right, detail = self._once(grader, problem.answer, response)
         return Verdict(float(right), detail, attempts=attempt)
+      except ZedaError:  # nothing can be graded on this machine
+        raise
       except (GraderFailure, sandbox.SandboxFailure) as error:
         failure = str(error)
+      except Exception as error:  # a grader's own mistake on one response must not end the others' work
+        failure = f"{type(error).__name__}: {error}"
     return Verdict(None, failure=failure, attempts=self.attempts)
 
   def _once(self, grader: str, answer: Any, response: str) -> tuple[bool, str]:
