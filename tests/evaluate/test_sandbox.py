@@ -57,9 +57,7 @@ def test_values_are_reported_apart_from_output():
   assert (outcome.status, outcome.report, outcome.stdout) == ("passed", "42", "noise\n")
 
 
-@pytest.mark.parametrize(
-  "program", ["while True: pass", "import time; time.sleep(60)"]
-)
+@pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)"])
 def test_endless_programs_are_stopped(program):
   start = time.monotonic()
   assert run(program, limits=SHORT).status in ("killed", "timeout")

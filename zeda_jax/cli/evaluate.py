@@ -10,9 +10,9 @@ from zeda_jax.errors import ZedaError
 _USAGE = """zeda evaluate DIR --tasks=aime24,code [--data=BENCHMARKS] [--output=DIR]
        zeda evaluate --compare RUN_A RUN_B
        zeda evaluate --list"""
-_EPILOG = """Sampling is the paper's by default: temperature 0.6, top-p 0.95, top-k 20, at most 38912 new
-tokens, 32 samples for AIME, 8 for code, 1 for the rest. The same command again goes on where it was.
-docs/evaluate.md has the file format, the tasks, and what contains programs that models write."""
+_EPILOG = """Sampling is the paper's by default, with 32 samples for AIME, 8 for code, 1 for the rest. The same
+command again goes on where it was. docs/evaluate.md has the file format, the tasks, and what
+contains programs that models write."""
 
 
 def run(command: str, args: list[str]) -> int:
@@ -138,42 +138,34 @@ def _parser(command: str) -> argparse.ArgumentParser:
     description=__doc__,
     usage=_USAGE,
     epilog=_EPILOG,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
+    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100),
     allow_abbrev=False,
   )
-  add = parser.add_argument
-  add("model", nargs="?", metavar="DIR", help="Hugging Face directory, static or dynamic")
-  add("--tasks", help="names or groups (paper, math, code, instruction, knowledge, demo), with commas")
-  add("--data", metavar="DIR", help="directory with TASK.jsonl; without it, problems come from the Hugging Face hub")
-  add(
-    "--source",
-    action="append",
-    default=[],
-    metavar="TASK=PLACE",
-    help="a file, hf:NAME:CONFIG:SPLIT or tfds:NAME/SPLIT",
-  )
-  add("--output", metavar="DIR", help="default: evaluations/NAME OF THE CHECKPOINT")
-  add("--limit", type=int, help="only the first so many problems of each task")
-  add("--samples", help="responses to each problem: 4, or aime24=8,aime25=8; the paper's by default")
-  add("--temperature", type=float, help="default: 0.6; 0 is greedy")
-  add("--top-p", type=float, default=0.95)
-  add("--top-k", type=int, default=20)
-  add("--max-new-tokens", type=int, help="default: 38912, or what the model's context leaves")
-  add(
-    "--zero-expert-bias", type=float, default=0.0, help="added to the zero logits; --zero-expert-bias=-inf: the teacher"
-  )
-  add("--seed", type=int, default=0)
-  add(
-    "--template-options", default="{}", metavar="JSON", help='of the chat template, such as {"enable_thinking": false}'
-  )
-  add("--dtype", help="of parameters and activations, such as bfloat16; default: the checkpoint's")
-  add("--batch-size", type=int, default=16, help="responses decoded together (default: %(default)s)")
-  add("--cache-tokens", type=int, help="tokens that the cache holds, of all responses together")
-  add("--grade-workers", type=int, help="responses graded at once; default: one per processor")
-  add("--code-seconds", type=int, default=10, help="CPU seconds of a program's run (default: %(default)s)")
-  add(
-    "--allow-weak-sandbox", action="store_true", help="run programs of models though this machine cannot contain them"
-  )
-  add("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="paired test of two output directories")
-  add("--list", action="store_true", help="the tasks, and where their problems come from")
+
+  def add(name: str, help: str, metavar: str = "N", **options: Any) -> None:
+    parser.add_argument(name, help=help, metavar=metavar, **options)
+
+  parser.add_argument("model", nargs="?", metavar="DIR", help="Hugging Face directory, static or dynamic")
+  add("--tasks", "names or groups, with commas (see --list)", "NAMES")
+  add("--data", "directory with TASK.jsonl; default: the Hugging Face hub", "DIR")
+  add("--source", "a file, hf:NAME:CONFIG:SPLIT or tfds:NAME/SPLIT", "TASK=PLACE", action="append", default=[])
+  add("--output", "default: evaluations/NAME OF THE CHECKPOINT", "DIR")
+  add("--limit", "only the first so many problems of each task", type=int)
+  add("--samples", "of each problem: 4, or aime24=8,aime25=8; default: the paper's")
+  add("--temperature", "default: 0.6; 0 is greedy", "X", type=float)
+  add("--top-p", "default: %(default)s", "X", type=float, default=0.95)
+  add("--top-k", "default: %(default)s", type=int, default=20)
+  add("--max-new-tokens", "default: 38912, or what the model's context leaves", type=int)
+  add("--zero-expert-bias", "added to the zero logits; =-inf: the teacher", "X", type=float, default=0.0)
+  add("--seed", "of sampling", type=int, default=0)
+  add("--template-options", 'of the chat template: {"enable_thinking": false}', "JSON", default="{}")
+  add("--dtype", "of parameters and activations; default: the checkpoint's", "TYPE")
+  add("--batch-size", "responses decoded together (default: %(default)s)", type=int, default=16)
+  add("--cache-tokens", "tokens that the cache holds, of all responses together", type=int)
+  add("--grade-workers", "responses graded at once; default: one per processor", type=int)
+  add("--code-seconds", "CPU seconds of a program's run (default: %(default)s)", type=int, default=10)
+  flag = parser.add_argument
+  flag("--allow-weak-sandbox", action="store_true", help="run models' programs though nothing contains them")
+  flag("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help="paired test of two output directories")
+  flag("--list", action="store_true", help="the tasks, and where their problems come from")
   return parser
