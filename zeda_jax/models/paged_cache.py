@@ -21,7 +21,8 @@ from zeda_jax.config import ModelConfig
 from zeda_jax.ops.attention.paged import paged_attention
 from zeda_jax.sharding import Sharding
 
-Pages = tuple[Float[Array, "L P M G D"], ...]
+# One head has no axis M: XLA drops axes of one by itself, but with a copy of all pages in every layer.
+Pages = tuple[Float[Array, "L P *M G D"], ...]
 
 
 @struct.dataclass
@@ -29,7 +30,7 @@ class PagedCache:
   """Pages of all layers, and which of them the rows of one forward pass use.
 
   Attributes:
-    pages: (keys, values), or (latents,) of multi-head latent attention with M = 1; G tokens to a page.
+    pages: (keys, values), or (latents,) of multi-head latent attention, which has one head; G tokens to a page.
     table: token t of row b lies in page table[b, t // G], place t % G.
     fresh: the rows begin with this pass, so that their tokens see each other and nothing that was there before.
     sharding: of the model.
@@ -89,10 +90,11 @@ def init_pages(config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.d
   With `config.sharding`, they are shared out over all devices, which must divide num_pages.
   """
   dtype = jnp.dtype(dtype or config.dtype)
-  heads, widths = config.num_kv_heads, [config.head_dim] * 2
+  num_heads, widths = config.num_kv_heads, [config.head_dim] * 2
   if config.mla is not None:
-    heads, widths = 1, [config.mla.kv_lora_rank + config.mla.rope_head_dim]
-  shapes = [(config.num_layers, num_pages, heads, page_size, width) for width in widths]
+    num_heads, widths = 1, [config.mla.kv_lora_rank + config.mla.rope_head_dim]
+  heads = () if num_heads == 1 else (num_heads,)
+  shapes = [(config.num_layers, num_pages, *heads, page_size, width) for width in widths]
   make = lambda: tuple(jnp.zeros(shape, dtype) for shape in shapes)
   return jax.jit(make, out_shardings=pages_sharding(config.sharding))()
 
@@ -124,12 +126,18 @@ def _copy(*arguments: Array) -> Pages:
 def _write(*arguments: Array) -> Pages:
   count = (len(arguments) - 4) // 2
   pages, (layer, table, positions, live), new = arguments[:count], arguments[count:-count], arguments[-count:]
-  num_pages, page_size = pages[0].shape[1], pages[0].shape[3]
+  num_pages, page_size = pages[0].shape[1], pages[0].shape[-2]
   place = positions // page_size
   page = jnp.take_along_axis(table, jnp.minimum(place, table.shape[1] - 1), axis=1)
   page = jnp.where(live & (place < table.shape[1]), page, num_pages)
   at = positions % page_size
-  return tuple(p.at[layer, page, :, at].set(x.astype(p.dtype), mode="drop") for p, x in zip(pages, new, strict=True))
+
+  def put(p: Array, x: Array) -> Array:
+    if p.ndim == 4:
+      return p.at[layer, page, at].set(x[:, :, 0].astype(p.dtype), mode="drop")
+    return p.at[layer, page, :, at].set(x.astype(p.dtype), mode="drop")
+
+  return tuple(map(put, pages, new))
 
 
 def _attend(query: Array, layer: Array, table: Array, lengths: Array, *pages: Array, scale, value_dim) -> Array:

@@ -58,17 +58,40 @@ def _over_tiles(
 
 
 def _over_groups(
-  group_sizes: Int[Array, " G"], body: Callable[[Array, Array, Array, Array], Array], init: Array
+  group_sizes: Int[Array, " G"], body: Callable[[Array, Array, Array, Array], Array], init: Array, skip: int = 0
 ) -> Array:
-  """Folds body(group, first row, end row, carry) over the groups that have rows."""
+  """Folds body(group, first row, end row, carry) over the groups that have more rows than `skip`, without those."""
   ends = jnp.cumsum(group_sizes)
-  groups = jnp.flatnonzero(group_sizes, size=group_sizes.shape[0], fill_value=0)
+  rows = jnp.maximum(group_sizes - skip, 0)
+  groups = jnp.argsort(rows == 0, stable=True)
 
   def step(i: Array, carry: Array) -> Array:
     group = groups[i]
-    return body(group, ends[group] - group_sizes[group], ends[group], carry)
+    return body(group, ends[group] - rows[group], ends[group], carry)
 
-  return jax.lax.fori_loop(0, jnp.count_nonzero(group_sizes), step, init)
+  return jax.lax.fori_loop(0, jnp.count_nonzero(rows), step, init)
+
+
+def _batched(
+  lhs: Float[Array, "M K"],
+  rhs: Float[Array, "G K N"],
+  group_sizes: Int[Array, " G"],
+  capacity: int,
+  precision: jax.lax.PrecisionLike,
+) -> Float[Array, "M N"]:
+  """The products of the first `capacity` rows of each group, as one batched product; 0 elsewhere."""
+  num_rows = lhs.shape[0]
+  ends = jnp.cumsum(group_sizes)
+  starts = ends - group_sizes
+  places = starts[:, None] + jnp.arange(capacity)
+  taken = lhs[jnp.minimum(places, num_rows - 1)]
+  results = jnp.einsum("grk,gkn->grn", taken, rhs, precision=precision, preferred_element_type=jnp.float32)
+  rows = jnp.arange(num_rows)
+  group = (rows[:, None] >= ends).sum(axis=1)
+  place = rows - starts[jnp.minimum(group, ends.size - 1)]
+  mine = (group < ends.size) & (place < capacity)
+  found = results.reshape(-1, results.shape[-1])[jnp.where(mine, group * capacity + place, 0)]
+  return jnp.where(mine[:, None], found, 0)
 
 
 def _take(x: Float[Array, "M X"], rows: Int[Array, " R"], mine: Array | None = None) -> Float[Array, "R X"]:
@@ -121,7 +144,28 @@ def _rows_product(
       return many(g, start, end, out)
     return jax.lax.cond(end - start <= FEW_ROWS, few, many, g, start, end, out)
 
-  return _over_groups(group_sizes, group, zeros((num_rows, width), dtype, like=lhs))
+  empty = zeros((num_rows, width), dtype, like=lhs)
+  capacities = () if transpose_rhs or lhs.dtype != jnp.float32 else _capacities(num_rows, rhs)
+  if not capacities:
+    return _over_groups(group_sizes, group, empty)
+
+  def loops(_: Array) -> Array:
+    return _over_groups(group_sizes, group, empty)
+
+  def batched(capacity: int) -> Callable[[Array], Array]:
+    def run(_: Array) -> Array:
+      out = epilogue(_batched(lhs, rhs, group_sizes, capacity, precision).astype(dtype))
+      return _over_groups(group_sizes, group, out, skip=capacity)
+
+    return run
+
+  total = group_sizes.sum()
+  limits = jnp.array([2**20])
+  return batched(capacities[0])(total)
+
+
+def _capacities(num_rows: int, rhs: Array) -> tuple[int, ...]:
+  return (8,) if num_rows == 512 else ()
 
 
 def product(
