@@ -36,7 +36,8 @@ def paged_attention(
 
   Args:
     query: of one token a row.
-    pages: keys and values, without the axis M where it is 1; or one array that holds both: the values are then the first `value_dim` of the D numbers.
+    pages: keys and values, without the axis M where it is 1; or one array that holds both: the values are then the
+      first `value_dim` of the D numbers.
     layer: which one of L to read.
     table: token t of row b lies in page table[b, t // G], place t % G. Entries past the length are not read.
     lengths: tokens that a row sees.
@@ -83,8 +84,8 @@ def blocks(
   def attend(query: Array, row: Array, place: Array, mask: Array | None) -> tuple[Array, Array, Array]:
     """Of one page per item: [I, M, Q, V] unscaled, sum and largest of the logits [I, M, Q]."""
     page = layer * num_pages + jnp.clip(table[row, place], 0, num_pages - 1)
-    key, *value = (p[page].reshape(-1, groups, page_size, p.shape[1] // (groups * page_size)) for p in flat)
-    value = value[0] if value else key[..., :width]
+    taken = [p[page].reshape(-1, groups, page_size, p.shape[1] // (groups * page_size)) for p in flat]
+    key, value = taken[0], taken[0][..., :width] if len(taken) == 1 else taken[1]
     logits = jnp.einsum("imqd,imgd->imqg", query, key, preferred_element_type=jnp.float32)
     if mask is not None:
       value = jnp.where(mask[:, None, :, None], value, 0)  # 0 * NaN would be NaN

@@ -5,6 +5,7 @@ group costs nothing but its turn in the loop, and little is wasted on groups tha
 rows are multiplied without a matrix product.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -23,6 +24,9 @@ PRODUCT_TILES = {"small": (128, 16), "large": (128, 64, 32, 16, 4)}
 # it lies, while a product wants a slice of it copied first, which is most of the time then.
 FEW_ROWS = 8
 FEW_TILES = (4, 1)
+# With more than one row a group and at most so many, the first rows of all groups are one batched product: a turn of
+# the loop costs more than a small product. In float32 only: other types would be converted first, all matrices of them.
+BATCHED_ROWS = 32
 # A tile of the weight product also pays for adding a whole [K, N] matrix, so its rest is coarser.
 WEIGHT_PRODUCT_TILES = (128, 64, 32)
 
@@ -58,7 +62,10 @@ def _over_tiles(
 
 
 def _over_groups(
-  group_sizes: Int[Array, " G"], body: Callable[[Array, Array, Array, Array], Array], init: Array, skip: int = 0
+  group_sizes: Int[Array, " G"],
+  body: Callable[[Array, Array, Array, Array], Array],
+  init: Array,
+  skip: int | Int[Array, ""] = 0,
 ) -> Array:
   """Folds body(group, first row, end row, carry) over the groups that have more rows than `skip`, without those."""
   ends = jnp.cumsum(group_sizes)
@@ -145,27 +152,26 @@ def _rows_product(
     return jax.lax.cond(end - start <= FEW_ROWS, few, many, g, start, end, out)
 
   empty = zeros((num_rows, width), dtype, like=lhs)
-  capacities = () if transpose_rhs or lhs.dtype != jnp.float32 else _capacities(num_rows, rhs)
+  capacities = () if transpose_rhs or lhs.dtype != jnp.float32 else _capacities(num_rows, rhs.shape[0])
   if not capacities:
     return _over_groups(group_sizes, group, empty)
 
-  def loops(_: Array) -> Array:
-    return _over_groups(group_sizes, group, empty)
+  def batched(capacity: int) -> Callable[[], Array]:
+    return lambda: epilogue(_batched(lhs, rhs, group_sizes, capacity, precision).astype(dtype))
 
-  def batched(capacity: int) -> Callable[[Array], Array]:
-    def run(_: Array) -> Array:
-      out = epilogue(_batched(lhs, rhs, group_sizes, capacity, precision).astype(dtype))
-      return _over_groups(group_sizes, group, out, skip=capacity)
-
-    return run
-
+  # Twice the mean is enough for most groups; the loop takes what is left.
   total = group_sizes.sum()
-  limits = jnp.array([2**20])
-  return batched(capacities[0])(total)
+  choice = jnp.where(total <= rhs.shape[0], 0, 1 + sum(2 * total > c * rhs.shape[0] for c in capacities[:-1]))
+  out = jax.lax.switch(choice, [lambda: empty, *map(batched, capacities)])
+  return _over_groups(group_sizes, group, out, skip=jnp.array((0, *capacities))[choice])
 
 
-def _capacities(num_rows: int, rhs: Array) -> tuple[int, ...]:
-  return (8,) if num_rows == 512 else ()
+def _capacities(num_rows: int, num_groups: int) -> tuple[int, ...]:
+  """Rows per group of the batched products, ascending: the largest for when all rows are there."""
+  if not num_groups < num_rows <= BATCHED_ROWS * num_groups:
+    return ()
+  largest = max(4, 2 ** math.ceil(math.log2(2 * num_rows / num_groups)))
+  return tuple(c for c in (largest // 4, largest // 2, largest) if c >= 4)
 
 
 def product(
