@@ -27,6 +27,7 @@ FEW_TILES = (4, 1)
 # With more than one row a group and at most so many, the first rows of all groups are one batched product: a turn of
 # the loop costs more than a small product. In float32 only: other types would be converted first, all matrices of them.
 BATCHED_ROWS = 32
+BATCHED_GROUPS = 32  # fewer of them are soon looped over
 # A tile of the weight product also pays for adding a whole [K, N] matrix, so its rest is coarser.
 WEIGHT_PRODUCT_TILES = (128, 64, 32)
 
@@ -168,7 +169,7 @@ def _rows_product(
 
 def _capacities(num_rows: int, num_groups: int) -> tuple[int, ...]:
   """Rows per group of the batched products, ascending: the largest for when all rows are there."""
-  if not num_groups < num_rows <= BATCHED_ROWS * num_groups:
+  if num_groups < BATCHED_GROUPS or not num_groups < num_rows <= BATCHED_ROWS * num_groups:
     return ()
   largest = max(4, 2 ** math.ceil(math.log2(2 * num_rows / num_groups)))
   return tuple(c for c in (largest // 4, largest // 2, largest) if c >= 4)
