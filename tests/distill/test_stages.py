@@ -10,7 +10,8 @@ import rich.console
 from tests.tiny_models import tiny_model
 from zeda_jax.data.rollouts import make_record, write_shard
 from zeda_jax.distill.recipe import default_config
-from zeda_jax.distill.stages import Stage, on_policy_batch, run_opd, run_sft
+from zeda_jax.distill.sampler import on_policy_batch
+from zeda_jax.distill.stages import Stage, run_opd, run_sft
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import inject
 from zeda_jax.models.params import split_model

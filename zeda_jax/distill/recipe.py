@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # the prompts the content is binding, not the path.
 _FREE = (
   *("teacher", "prompts", "workdir", "mesh", "export", "evaluate"),
-  *("rollout.batch_size", "log_every", "save_every", "keep"),
+  *("rollout.batch_size", "cache_tokens", "log_every", "save_every", "keep"),
 )
 _FREE_IN_EVALUATION = ("prompts", "batch_size", "models")
 # What a run that met NaN is told to lower; it may change until its stage is finished.
@@ -47,12 +47,13 @@ _RANGES: dict[str, Any] = {
     **_SAMPLING_RANGES,
     **_FILTER_RANGES,
     **dict.fromkeys(("batch_size", "shard_size"), (1, _INFINITY)),
+    "cache_tokens": (0, _INFINITY),
   },
   "sft": {**_STAGE_RANGES, "epochs": (0, _INFINITY), "batch_size": (1, _INFINITY), "row_length": (2, _INFINITY)},
   "opd": {
     **_STAGE_RANGES,
     **_SAMPLING_RANGES,
-    **dict.fromkeys(("clip_low", "clip_high", "steps"), (0, _INFINITY)),
+    **dict.fromkeys(("clip_low", "clip_high", "steps", "cache_tokens"), (0, _INFINITY)),
     **dict.fromkeys(("prompts_per_step", "samples_per_prompt"), (1, _INFINITY)),
   },
   "evaluate": {**_SAMPLING_RANGES, **_FILTER_RANGES, "num_prompts": (0, _INFINITY), "batch_size": (1, _INFINITY)},
@@ -101,7 +102,8 @@ def default_config() -> ml_collections.ConfigDict:
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
-        "batch_size": 64,
+        "batch_size": 64,  # responses sampled together
+        "cache_tokens": 0,  # room in the cache, for all of these together; 0: for the longest that each could get
         "shard_size": 512,  # prompts per finished file; a killed run repeats at most one
       },
       "sft": {
@@ -122,6 +124,7 @@ def default_config() -> ml_collections.ConfigDict:
         "samples_per_prompt": 2,
         "max_new_tokens": 32768,
         "temperature": 1.0,
+        "cache_tokens": 0,  # as in rollout
         "save_every": 10,
         "optimizer": {**optimizer, "learning_rate": 5e-6, "schedule": "constant", "warmup_fraction": 0.0},
       },

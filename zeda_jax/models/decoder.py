@@ -226,15 +226,16 @@ def inject(model: Decoder, num_zero_experts: int | None = None, seed: int = 0) -
         if name in router:
           rows = to_host(router[name])
           new = np.stack([new_router_rows(rows[i], count, seed, run.start + i) for i in range(run.length)])
-          router["zero_" + name] = _placed(new, ("runs", number, "mlp", "router", "zero_" + name), config)
+          router["zero_" + name] = _placed(new, ("runs", number, "mlp", "router", "zero_" + name), config, router[name])
   nnx.replace_by_pure_dict(target, state)
   return nnx.merge(graphdef, target)
 
 
-def _placed(value: np.ndarray, path: tuple[str | int, ...], config: ModelConfig) -> jax.Array:
-  """A parameter that every process has whole, where the model's sharding wants it."""
+def _placed(value: np.ndarray, path: tuple[str | int, ...], config: ModelConfig, beside: jax.Array) -> jax.Array:
+  """A parameter that every process has whole, where the model's sharding wants it, or like the one beside it."""
   if config.sharding is None:
-    return jnp.asarray(value)
+    # Programs are compiled again for arrays that are not bound to a device as the others are.
+    return jax.device_put(value, beside.sharding) if beside.committed else jnp.asarray(value)
   where = config.sharding.parameter(path, value.shape)
   return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
 
