@@ -113,6 +113,9 @@ def test_a_signal_reaches_only_its_own_processes(machine, number):
     assert "stopping: zeda saves and exits" in err
     assert all(map(gone, pids)) and foreign.poll() is None
   finally:
+    for process in (launcher, launcher, foreign):  # the second signal kills what the launcher started
+      process.terminate()
+      time.sleep(0.2)
     launcher.kill()
     foreign.kill()
     foreign.wait()

@@ -18,6 +18,7 @@ COMMANDS = {
   "sft": ("adapt", "adapt, up to supervised distillation"),
   "opd": ("adapt", "adapt, up to on-policy distillation"),
   "export": ("adapt", "adapt, up to the exported Hugging Face directory"),
+  "compare": ("compare", "adapt, and the same with baselines: AdaMoE, truncation, skipping, ..."),
   "plan": ("plan", "whether a stage fits a TPU slice, and about how fast it can be"),
   "inject": ("inject", "add zero experts to a Hugging Face directory, untrained"),
   "generate": ("generate", "answer prompts with a static or dynamic checkpoint"),
