@@ -11,7 +11,7 @@ import rich.console
 from tests.tiny_models import tiny_model
 from zeda_jax.data.rollouts import make_record, write_shard
 from zeda_jax.distill.recipe import default_config
-from zeda_jax.distill.sampler import Sampler, on_policy_batch
+from zeda_jax.distill.sampler import on_policy_batch
 from zeda_jax.distill.stages import Stage, run_opd, run_sft
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import inject
@@ -138,27 +138,3 @@ def test_the_engine_takes_the_student_s_own_arrays_and_compiles_once(teacher, tm
   run_opd(dataclasses.replace(part, teacher=bound), inject(bound), [3, 5, 7, 9], render, longest=3)
   assert len(engines) == 4 and len(set(engines)) == 1
   assert decoding.decode._cache_size() == before + 1
-
-
-def test_overlapped_sampling_is_one_step_behind(teacher, tmp_path, monkeypatch):
-  """The first step is that of a run without overlap; the second trains on rollouts of the same first student."""
-  seen, sample = {}, Sampler.__call__
-
-  def record(self, student, raw, step):
-    of = jax.tree.leaves(jax.tree.map(lambda leaf: np.asarray(leaf).tobytes(), split_model(student)[1]))
-    seen.setdefault(name, []).append((step, of, list(raw)))
-    return sample(self, student, raw, step)
-
-  monkeypatch.setattr(Sampler, "__call__", record)
-  losses = {}
-  for name in ("plain", "overlap"):
-    part = stage(teacher, tmp_path / name, "opd")
-    part.settings.update(steps=3, loss="sampled", overlap=name == "overlap")
-    run_opd(part, inject(teacher), [3, 5, 7, 9], render, longest=3)
-    lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-    losses[name] = [json.loads(line)["loss"] for line in lines]
-  (zero, first, _), (behind, same, after) = seen["plain"], seen["overlap"]
-  assert [step for step, *_ in seen["overlap"]] == [0, 1, 2]
-  assert [raw for *_, raw in seen["overlap"]] == [raw for *_, raw in seen["plain"]]
-  assert behind[1] == same[1] == zero[1] and after[1] == first[1] != zero[1]
-  assert losses["plain"][0] == losses["overlap"][0] and losses["plain"][1] != losses["overlap"][1]

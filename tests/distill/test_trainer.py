@@ -238,36 +238,6 @@ def test_make_batch_sees_state_and_step(tmp_path):
   assert seen == [(0, 0), (1, 1), (2, 2)]
 
 
-def test_batches_made_ahead_see_the_state_before_the_step(tmp_path):
-  """Step 0 and step 1 train on what the first state made, step k on what the state before step k - 1 made."""
-  seen, indices = [], []
-
-  def make_batch(state, raw, step):
-    seen.append((step, int(state["step"]), np.asarray(state["params"]["scale"]).tobytes()))
-    indices.append(raw["index"].tolist())
-    return raw
-
-  copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
-  ahead = {"make_batch": make_batch, "snapshot": copy, "save_every": 2}
-  train(tmp_path / "a", num_steps=6, **ahead)
-  assert [(step, of) for step, of, _ in seen] == [(0, 0), (1, 0), (2, 1), (3, 2), (4, 3), (5, 4)]
-  assert indices == [next_batch["index"].tolist() for next_batch, _ in zip(batches(), range(6), strict=False)]
-  # What a batch was made of is the state, not what the donating step left of it.
-  expected = initial_state()
-  step_fn = step_with_nan_at()
-  for (_, _, scale), batch in zip(seen[1:], batches(), strict=False):
-    assert scale == np.asarray(expected["params"]["scale"]).tobytes()
-    expected, _ = step_fn(expected, batch)
-  # A run that goes on reads the batches that the first one had not trained on, and begins with the newest state.
-  before = indices[:]
-  seen.clear()
-  indices.clear()
-  train(tmp_path / "b", num_steps=4, **ahead)
-  train(tmp_path / "b", num_steps=6, **ahead)
-  assert indices == before
-  assert [(step, of) for step, of, _ in seen] == [(0, 0), (1, 0), (2, 1), (3, 2), (4, 4), (5, 4)]
-
-
 def test_data_that_ends_too_early_is_an_error(tmp_path):
   with pytest.raises(ZedaError, match=f"ended after {STEPS} of {STEPS + 1} steps"):
     train(tmp_path, num_steps=STEPS + 1, save_every=100)

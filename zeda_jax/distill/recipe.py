@@ -137,7 +137,6 @@ def default_config() -> ml_collections.ConfigDict:
         "steps": 320,
         "prompts_per_step": 16,
         "samples_per_prompt": 2,
-        "overlap": False,  # sample the next step's rollouts while a step trains, with the parameters before it
         "routing_replay": False,  # train on the experts that were picked while sampling, not on those picked now
         "max_new_tokens": 32768,
         "temperature": 1.0,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -101,7 +100,6 @@ class Stage:
         writer=MetricWriter(self.directory, self.name, self.console),
         log_every=settings.log_every,
         make_batch=on_policy if make_batch is not None else None,
-        snapshot=_copy_params if settings.get("overlap", False) else None,
         prepare=functools.partial(place, sharding=sharding, parts=settings.accumulate),
         label=self.name,
       )
@@ -139,11 +137,6 @@ class Stage:
     with CheckpointStore(self.directory / "checkpoints", keep=self.settings.keep) as store:
       state = store.restore(abstract_state(trained, transform, self.teacher.config.sharding)).state
     return merge_model(graphdef, combine(frozen, state.params))
-
-
-def _copy_params(state: TrainState) -> TrainState:
-  """The state as a sampler may keep it: its parameters are no longer those that the next step donates."""
-  return dataclasses.replace(state, params=jax.tree.map(jnp.copy, state.params))
 
 
 def run_sft(stage: Stage, student: Decoder, rollouts: Sequence[pathlib.Path]) -> Decoder:
