@@ -26,7 +26,7 @@ from zeda_jax.evaluate.runner import evaluate, teacher_distance
 from zeda_jax.models.decoder import Decoder
 from zeda_jax.rollout.openai import sample_from_server
 from zeda_jax.rollout.openai_answers import Verifier
-from zeda_jax.rollout.stage import is_finished, sample_rollouts
+from zeda_jax.rollout.stage import Progress, is_finished, sample_rollouts
 
 __all__ = ["STAGES", "Job", "adapt", "measure", "open_job", "rollout_files"]
 
@@ -138,7 +138,7 @@ def rollout_stage(job: Job) -> None:
     )
 
 
-def _ask_server(job: Job, directory: pathlib.Path, progress: Callable[[int, int], None]) -> None:
+def _ask_server(job: Job, directory: pathlib.Path, progress: Progress) -> None:
   """The teacher's answers from another engine, which config.rollout names; its weights are not read here."""
   verifier = Verifier(job.tokenizer, job.model.vocab_size, job.eos_ids)
   tell = lambda line: job.console.print(f"rollout   {line}", highlight=False, soft_wrap=True)
