@@ -148,6 +148,7 @@ CASES = {
   "answers longer than the context": (None, {"rollout.max_new_tokens": 96}, ["more than the context of 96"]),
   "evaluation longer than the context": (None, {"evaluate.max_new_tokens": 96}, ["more than the context of 96"]),
   "rows shorter than a prompt": (None, {"sft.row_length": 12}, ["prompts.jsonl:", "sft.row_length=12"]),
+  "a cache too small": (None, {"opd.cache_tokens": 20}, ["config.opd.cache_tokens is 20", "at least 64"]),
   "larger steps than prompts": (None, {"opd.prompts_per_step": 29}, ["prompts_per_step is 29", "28 prompts"]),
   "all prompts held out": (None, {"evaluate.num_prompts": 60}, ["evaluate.num_prompts is 60"]),
   "held-out file missing": (None, {"evaluate.prompts": "nowhere.jsonl"}, ["nowhere.jsonl matches no file"]),

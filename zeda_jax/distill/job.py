@@ -26,6 +26,7 @@ from zeda_jax.distributed import any_process, is_primary
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import Decoder, inject
 from zeda_jax.models.params import reconfigured
+from zeda_jax.rollout.generate import cache_tokens_for
 from zeda_jax.sharding import Sharding, make_mesh
 
 
@@ -139,8 +140,21 @@ def open_job(config: ml_collections.ConfigDict, console: rich.console.Console | 
     console = rich.console.Console(quiet=True)
   console = console or rich.console.Console()
   job = Job(config, model, tokenizer, eos_ids, prompts, train, held_out_prompts, held_out, longest, contents, console)
-  job.sharding  # noqa: B018 (a mesh that does not fit is refused now)
+  _check_cache(config, longest, 1 if job.sharding is None else job.sharding.num_devices)
   return job
+
+
+def _check_cache(config: ml_collections.ConfigDict, longest: int, devices: int) -> None:
+  """Refuses a cache in which some device has no room for the longest prompt and answer."""
+  for name in ("rollout", "opd"):
+    settings = config[name]
+    least = devices * cache_tokens_for(longest, settings.max_new_tokens)
+    if 0 < settings.cache_tokens < least:
+      on_each = f" on each of {devices} devices" if devices > 1 else ""
+      raise ZedaError(
+        f"config.{name}.cache_tokens is {settings.cache_tokens}, too few for the longest prompt and its answer"
+        f"{on_each}: expected 0 (room for all) or at least {least}."
+      )
 
 
 def _check_processes(config: ml_collections.ConfigDict) -> None:

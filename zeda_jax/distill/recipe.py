@@ -141,6 +141,7 @@ def default_config() -> ml_collections.ConfigDict:
         "max_new_tokens": 32768,
         "temperature": 1.0,
         "cache_tokens": 0,  # as in rollout
+        "overlap": False,  # sample the next batch while training on this one, with the parameters of one step earlier
         "save_every": 10,
         "optimizer": {**optimizer, "learning_rate": 5e-6, "schedule": "constant", "warmup_fraction": 0.0},
       },

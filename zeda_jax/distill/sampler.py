@@ -1,13 +1,19 @@
 """The rollouts of OPD: one engine for the whole stage, which takes the parameters of the student anew each step."""
 
-from collections.abc import Callable, Sequence
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
+import safetensors.numpy
 from jaxtyping import Int
 
+from zeda_jax.data.jsonl import atomic_writer
 from zeda_jax.data.packing import pack_row
+from zeda_jax.distributed.agreement import from_primary, together
+from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import Decoder
 from zeda_jax.models.params import split_model
 from zeda_jax.rollout.engine import Engine
@@ -49,23 +55,30 @@ class Sampler:
       raw: places of the prompts in `indices`.
       step: number of finished steps.
     """
-    engine = self._with_parameters(student)
-    requests = self._requests(raw, step)
-    found: dict[tuple[int, int], Completion] = {(place, c.index): c for place, c in engine.run(requests)}
-    engine.release()
-    ordered = [found[place, i] for place, request in enumerate(requests) for i in range(request.n)]
-    prompts = [request.prompt for request in requests for _ in range(request.n)]
-    picks = [c.picks for c in ordered] if self._settings.routing_replay else None
-    return on_policy_batch(prompts, [c.tokens for c in ordered], [c.logprobs for c in ordered], self._length, picks)
+    self.take(student)
+    batch = self.sample(raw, step)
+    assert self._engine is not None
+    self._engine.release()
+    return batch
 
-  def _with_parameters(self, student: Decoder) -> Engine:
+  def take(self, student: Decoder) -> None:
+    """Gives the engine these parameters, which must live until the next ones, or the end."""
     settings = self._settings
     if self._engine is None:
       rows = settings.prompts_per_step * settings.samples_per_prompt
       self._engine = engine_for(student, rows, self._longest, settings.max_new_tokens, settings.cache_tokens)
     else:
       self._engine.update(split_model(student)[1])
-    return self._engine
+
+  def sample(self, raw: Sequence[int], step: int) -> dict[str, np.ndarray]:
+    """The batch of a step, sampled with the parameters that were taken last."""
+    assert self._engine is not None
+    requests = self._requests(raw, step)
+    found: dict[tuple[int, int], Completion] = {(place, c.index): c for place, c in self._engine.run(requests)}
+    ordered = [found[place, i] for place, request in enumerate(requests) for i in range(request.n)]
+    prompts = [request.prompt for request in requests for _ in range(request.n)]
+    picks = [c.picks for c in ordered] if self._settings.routing_replay else None
+    return on_policy_batch(prompts, [c.tokens for c in ordered], [c.logprobs for c in ordered], self._length, picks)
 
   def _requests(self, raw: Sequence[int], step: int) -> list[Request]:
     """One for each prompt, whose samples have random streams of their own."""
@@ -75,6 +88,72 @@ class Sampler:
     options["record_picks"] = settings.routing_replay
     prompts = [self._render(int(self._indices[i])) for i in raw]
     return [Request(p, settings.max_new_tokens, stream=n * i, **options) for i, p in enumerate(prompts)]
+
+
+class AheadSampler:
+  """Samples each step's batch while the step before it is computing, with the parameters that this one started from.
+
+  So batch k is sampled by the student as it was before step k - 1 (batch 0 by the first one): one step off-policy,
+  which the clipped ratio to the probabilities of sampling corrects. All is dispatched by one thread: a result does not
+  depend on what runs when.
+
+  A batch that was made ahead is stored with each checkpoint, for the parameters that sampled it are gone: a training
+  that goes on does so with the very same batch.
+
+  Args:
+    sampler: makes the batches.
+    directory: for stored batches; on storage that all processes share.
+    keep: how many of the newest ones stay.
+  """
+
+  def __init__(self, sampler: Sampler, directory: pathlib.Path, keep: int):
+    self._sampler, self._directory, self._keep = sampler, directory, keep
+    self._is_ahead = False
+
+  def before_step(self, student: Decoder) -> None:
+    """Takes a student whose arrays the coming step does not donate, for the batch after that step's."""
+    self._sampler.take(student)
+    self._is_ahead = True
+
+  def __call__(self, student: Decoder, raw: Sequence[int], step: int) -> dict[str, np.ndarray]:
+    """The batch of a step; `student` is used for the first one only.
+
+    Raises:
+      ZedaError: the training goes on, and the batch that was stored for this is gone.
+    """
+    if not self._is_ahead:
+      if step:
+        return together(lambda: self._read(step))
+      self._sampler.take(student)
+    return self._sampler.sample(raw, step)
+
+  def store(self, step: int, batch: Mapping[str, np.ndarray]) -> None:
+    """Keeps the batch that follows so many finished steps."""
+    from_primary(lambda: self._write(step, batch))
+
+  def clear(self) -> None:
+    """Removes what was stored, once the training is complete."""
+    from_primary(lambda: shutil.rmtree(self._directory, ignore_errors=True))
+
+  def _file(self, step: int) -> pathlib.Path:
+    return self._directory / f"{step}.safetensors"
+
+  def _write(self, step: int, batch: Mapping[str, np.ndarray]) -> None:
+    self._directory.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(self._file(step), overwrite=True) as out:
+      out.write(safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in batch.items()}))
+    steps = sorted(int(file.stem) for file in self._directory.glob("*.safetensors"))
+    # One more than checkpoints, whose oldest goes when the new one is there.
+    for old in steps[: -self._keep - 1]:
+      self._file(old).unlink()
+
+  def _read(self, step: int) -> dict[str, np.ndarray]:
+    file = self._file(step)
+    if not file.is_file():
+      raise ZedaError(
+        f"{file}, the rollouts made ahead of step {step + 1}, is gone: restore it, or start this stage anew."
+      )
+    return safetensors.numpy.load(file.read_bytes())
 
 
 def on_policy_batch(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -21,7 +22,7 @@ from zeda_jax.distill.objectives import Objective
 from zeda_jax.distill.optimizer import make_optimizer
 from zeda_jax.distill.placement import place_local, place_whole
 from zeda_jax.distill.recipe import optimizer_config, write_json
-from zeda_jax.distill.sampler import Sampler
+from zeda_jax.distill.sampler import AheadSampler, Sampler
 from zeda_jax.distill.step import Reference, TrainState, abstract_state, init_state, make_train_step
 from zeda_jax.distill.trainer import Batches, run_training
 from zeda_jax.distributed import on_mesh
@@ -52,6 +53,7 @@ class Stage:
     batches: Batches,
     num_steps: int,
     make_batch: Callable[[Decoder, Any, int], Mapping[str, np.ndarray]] | None = None,
+    ahead: AheadSampler | None = None,
   ) -> Decoder:
     """Trains the chosen parameters of `student` for `num_steps`; a finished stage is only read back.
 
@@ -63,7 +65,9 @@ class Stage:
       batches: give each process its rows of a batch, or where there is `make_batch` what that wants, to all the same.
       num_steps: of the whole stage.
       make_batch: (student, element of `batches`, finished steps) -> batch, all of its rows in every process.
+      ahead: in the place of make_batch: makes each batch while the step before it is computing.
     """
+    make_batch = ahead or make_batch
     if self._finished_steps() == num_steps:
       return self.restored(student)
     settings = self.settings
@@ -84,6 +88,8 @@ class Stage:
       return make_batch(student_of(state), raw, step)
 
     def on_devices(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+      if ahead is not None:  # the step donates its state
+        ahead.before_step(student_of(dataclasses.replace(state, params=_copied(state.params))))
       with on_mesh(sharding):
         return step(state, reference, batch)
 
@@ -100,12 +106,15 @@ class Stage:
         writer=MetricWriter(self.directory, self.name, self.console),
         log_every=settings.log_every,
         make_batch=on_policy if make_batch is not None else None,
+        keep_ahead=ahead.store if ahead is not None else None,
         prepare=functools.partial(place, sharding=sharding, parts=settings.accumulate),
         label=self.name,
       )
     finally:
       store.close()
     from_primary(lambda: write_json(self._finished_file, {"steps": num_steps}))
+    if ahead is not None:
+      ahead.clear()
     return student_of(state)
 
   def _first_state(self, store: CheckpointStore, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -139,6 +148,11 @@ class Stage:
     return merge_model(graphdef, combine(frozen, state.params))
 
 
+@jax.jit
+def _copied(params: Params) -> Params:
+  return jax.tree.map(jnp.copy, params)
+
+
 def run_sft(stage: Stage, student: Decoder, rollouts: Sequence[pathlib.Path]) -> Decoder:
   """Supervised distillation on the teacher's rollouts (paper section 3.3, first stage)."""
   settings = stage.settings
@@ -166,4 +180,7 @@ def run_opd(
   batches = prompt_batches(len(indices), settings.prompts_per_step, stage.seed)
   sampler = Sampler(settings, stage.seed, indices, render, longest)
   objective = Objective(settings.loss, settings.balance, settings.balance_tokens, settings.clip_low, settings.clip_high)
+  if settings.overlap:
+    ahead = AheadSampler(sampler, stage.directory / "ahead", settings.keep)
+    return stage.train(student, objective, batches, settings.steps, ahead=ahead)
   return stage.train(student, objective, batches, settings.steps, sampler)

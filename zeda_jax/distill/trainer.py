@@ -85,6 +85,7 @@ def run_training(
   writer: MetricWriter,
   log_every: int = 1,
   make_batch: Callable[[State, Any, int], Any] | None = None,
+  keep_ahead: Callable[[int, Any], None] | None = None,
   prepare: Callable[[Any], Any] | None = None,
   metadata: Mapping[str, Any] | None = None,
   abort_on_nonfinite: bool = True,
@@ -108,7 +109,10 @@ def run_training(
     log_every: steps between metric rows; step 1 and the last one are always written. Values are those of that step,
       step_seconds and tokens_per_second are wall-clock means since the row before (first row: compilation included).
     make_batch: (state, raw batch, number of finished steps) -> batch, for batches that come from the student itself;
-      called only with a state whose last step was found finite.
+      called only with a state whose last step was found finite, unless batches are made ahead.
+    keep_ahead: with it, each batch but the first is made while the step before it is still computing. It is called
+      with (finished steps, the batch after them) before each save: `make_batch` must give that batch again when the
+      training goes on from there.
     prepare: batch -> batch, placement on devices; runs while the previous step is still computing.
     metadata: small JSON-able dictionary stored with each checkpoint.
     abort_on_nonfinite: whether NaN or Inf stops the run.
@@ -133,22 +137,29 @@ def run_training(
     batches.set_state(restored.data_state)
   log = _Log(store, writer, step, num_steps, log_every, abort_on_nonfinite, label)
   vote = Vote()
+
+  def take(state: State, step: int) -> Any:
+    raw = next(batches, None)
+    if raw is None:
+      raise ZedaError(f"the data of {label} ended after {step} of {num_steps} steps: lower the number of steps.")
+    if make_batch is None:
+      return raw
+    if keep_ahead is None:
+      log.flush()
+    return make_batch(state, raw, step)
+
   writer.start(step, num_steps)
   with StopSignal() as stop:
     try:
+      ahead = None
       while step < num_steps:
-        raw = next(batches, None)
-        if raw is None:
-          raise ZedaError(f"the data of {label} ended after {step} of {num_steps} steps: lower the number of steps.")
-        batch = raw
-        if make_batch is not None:
-          log.flush()
-          batch = make_batch(state, raw, step)
-        if prepare is not None:
-          batch = prepare(batch)
-        state, metrics = step_fn(state, batch)
+        batch = take(state, step) if ahead is None else ahead
+        state, metrics = step_fn(state, batch if prepare is None else prepare(batch))
         step += 1
         log.add(step, metrics)
+        position, ahead = batches.get_state(), None
+        if keep_ahead is not None and step < num_steps:
+          ahead = take(state, step)
         # With several processes the answer is a step old, so that the devices need not wait; but before a batch is
         # made, which takes long, they do so anyway.
         stopping = vote(stop.requested, wait=make_batch is not None) and step < num_steps
@@ -156,7 +167,9 @@ def run_training(
           log.flush()
           if abort_on_nonfinite:
             log.check_state(step, state)
-          store.save(step, state, batches.get_state(), metadata)
+          if keep_ahead is not None and ahead is not None:
+            keep_ahead(step, ahead)
+          store.save(step, state, position, metadata)
         if stopping:
           store.wait()
           raise StoppedEarly(

@@ -11,6 +11,7 @@ from zeda_jax.models.decoder import Decoder
 from zeda_jax.rollout.engine import Engine
 from zeda_jax.rollout.pages import pages_for
 from zeda_jax.rollout.requests import Completion, Request
+from zeda_jax.rollout.sampling import Sampling
 
 _PAGE_SIZE = 64
 _ONE_BUCKET = 256  # prompts up to this length are all padded alike: another program costs more than the padding
@@ -32,6 +33,11 @@ def to_sample(completion: Completion) -> Sample:
   return Sample(c.tokens, c.logprobs, c.zero_ratio, c.zero_ratio_all, c.finish_reason == "stop")
 
 
+def cache_tokens_for(longest: int, max_new_tokens: int) -> int:
+  """Tokens of cache that `engine_for` sets aside for one response; less than this a device must not have."""
+  return pages_for(longest + max_new_tokens, _PAGE_SIZE) * _PAGE_SIZE
+
+
 def engine_for(model: Decoder, batch_size: int, longest: int, max_new_tokens: int, cache_tokens: int = 0) -> Engine:
   """An engine for prompts of up to `longest` tokens; its arrays, and so its programs, are alike for like lengths.
 
@@ -45,7 +51,7 @@ def engine_for(model: Decoder, batch_size: int, longest: int, max_new_tokens: in
   sharding = model.config.sharding
   devices = 1 if sharding is None else sharding.num_devices
   num_slots = -(-batch_size // devices) * devices
-  max_length = pages_for(longest + max_new_tokens, _PAGE_SIZE) * _PAGE_SIZE
+  max_length = cache_tokens_for(longest, max_new_tokens)
   return Engine(
     model,
     num_slots=num_slots,
@@ -100,6 +106,7 @@ def generate(
   """
   if max_new_tokens < 1:
     raise ZedaError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
+  Sampling(temperature, top_k, top_p, min_p)  # refused before what prompts may have wrong
   _check(model, prompts, max_new_tokens)
   stop_ids = tuple(int(t) for t in np.atleast_1d(model.config.eos_token_ids if eos_id is None else eos_id))
   streams = range(len(prompts)) if stream_ids is None else stream_ids
