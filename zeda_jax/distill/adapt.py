@@ -149,11 +149,24 @@ def _evaluate_all(job: Job) -> None:
   file = job.workdir / "evaluate" / "settings.json"
   if not _is_file(file):
     from_primary(lambda: write_json(file, evaluation_settings(job.config, job.contents)))
+  _note_config(job)
   measure(job, "teacher", lambda: job.teacher)
   measure(job, "injected", job.student)
   if _is_file(job.workdir / "sft" / "finished.json"):
     measure(job, "sft", lambda: job.stage("sft").restored(job.student()))
   measure(job, "student", lambda: job.load(job.workdir / "student"))
+
+
+def _note_config(job: Job) -> None:
+  """Leaves evaluate/config.json: where teacher and prompts lie, and all settings, for who looks at the results later."""
+  file = job.workdir / "evaluate" / "config.json"
+  config = job.config.to_dict()
+  absolute = lambda path: str(pathlib.Path(path).resolve()) if path else ""
+  for section, name in ((config, "teacher"), (config, "prompts"), (config, "workdir"), (config["evaluate"], "prompts")):
+    section[name] = absolute(section[name])
+  text = json.loads(json.dumps(config))
+  if from_primary(lambda: not file.is_file() or json.loads(file.read_text()) != text):
+    from_primary(lambda: write_json(file, config))
 
 
 def measure(job: Job, name: str, model: Callable[[], Decoder]) -> None:
