@@ -1,11 +1,12 @@
 """Collects every number of a report and keeps it on disk, so that a report is drawn again without a model.
 
-  settings.json        what decides the numbers; another report directory is needed for others
-  dial/biases.json     the values of zero_expert_bias that are looked at
-  dial/BIAS.json       one point of the dial: answers graded, and the same texts measured, at one of them
-  responses.json       the student's answers at bias 0
-  tokens.npz           per token of those answers, at bias 0
-  examples.json        some of them as text
+settings.json        what decides the numbers; another report directory is needed for others
+dial/biases.json     the values of zero_expert_bias that are looked at
+dial/BIAS.json       one point of the dial: answers graded, and the same texts measured, at one of them
+responses.json       the student's answers at bias 0
+tokens.npz           per token of those answers, at bias 0
+examples.json        some of them as text
+teacher.json         what the teacher's answers are worth, where no recipe has measured that
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from zeda_jax.distill.recipe import write_json
 from zeda_jax.distill.summary import progress
 from zeda_jax.errors import ZedaError
 from zeda_jax.evaluate.runner import evaluate
+from zeda_jax.models.decoder import Decoder
 
 _SEARCH_TOKENS = 2**14  # on which biases are looked for
 _EXAMPLE_TOKENS = 400  # of a response that are shown
@@ -63,6 +65,7 @@ class Collected:
   families: Sequence[str]
   tokens: TokenMeasurements
   examples: Sequence[Mapping[str, Any]]
+  teacher_graded: Mapping[str, Any] | None  # what the teacher's answers were worth; None with a recipe's own table
 
   @property
   def ratio(self) -> np.ndarray:
@@ -89,6 +92,8 @@ def collect(
     _write_examples(subject, texts, chosen, responses, directory, budget.num_examples)
   for bias in _biases(subject, texts, directory, budget, console):
     _dial_point(subject, texts, bias, directory, console)
+  if subject.main is None and subject.teacher_path is not None and subject.labelled:
+    _grade_teacher(subject, directory, console)
   return read(directory)
 
 
@@ -104,9 +109,9 @@ def read(directory: pathlib.Path) -> Collected:
   examples = json.loads((directory / "examples.json").read_text())
   config = from_hf(settings["model"])
   families = [str(name) for name in arrays["families"]]
-  return Collected(
-    config, settings, dial, texts, arrays["kinds"], arrays["family"], families, tokens, examples
-  )
+  graded_file = directory / "teacher.json"
+  graded = json.loads(graded_file.read_text()) if graded_file.is_file() else None
+  return Collected(config, settings, dial, texts, arrays["kinds"], arrays["family"], families, tokens, examples, graded)
 
 
 def family_of(record: Mapping[str, Any]) -> str:
@@ -147,19 +152,27 @@ def _claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
 def _responses(subject: Subject, directory: pathlib.Path, console: rich.console.Console) -> list[list[int]]:
   file = directory / "responses.json"
   if not file.is_file():
-    graded, responses = _answer(subject, 0.0, console)
+    graded, responses = _answer(subject, subject.student, 0.0, "answers", console)
     write_json(directory / "dial" / "graded-0.json", graded)
     write_json(file, responses)
   return json.loads(file.read_text())
 
 
-def _answer(subject: Subject, bias: float, console: rich.console.Console) -> tuple[dict[str, Any], list[list[int]]]:
-  """What the student's answers at this bias were worth, and their tokens."""
+def _grade_teacher(subject: Subject, directory: pathlib.Path, console: rich.console.Console) -> None:
+  if not (directory / "teacher.json").is_file():
+    assert subject.teacher is not None
+    write_json(directory / "teacher.json", _answer(subject, subject.teacher, 0.0, "teacher's answers", console)[0])
+
+
+def _answer(
+  subject: Subject, model: Decoder, bias: float, label: str, console: rich.console.Console
+) -> tuple[dict[str, Any], list[list[int]]]:
+  """What a model's answers at this bias are worth, and their tokens."""
   answering = dataclasses.asdict(subject.answering)
   answering["batch_size"] = min(answering["batch_size"], len(subject.prompts))
-  with progress(console, f"answers at zero_expert_bias {bias:g}") as show:
+  with progress(console, label) as show:
     result, samples = evaluate(
-      subject.student,
+      model,
       subject.prompts,
       subject.records,
       subject.decode,
@@ -222,7 +235,9 @@ def _write_examples(
   by_family: dict[str, list[int]] = {}
   for place, number in enumerate(chosen):
     by_family.setdefault(family_of(subject.records[number]), []).append(place)
-  turns = [place for turn in range(count) for _, places in sorted(by_family.items()) for place in places[turn : turn + 1]]
+  turns = [
+    place for turn in range(count) for _, places in sorted(by_family.items()) for place in places[turn : turn + 1]
+  ]
   examples = []
   for place in sorted(turns[:count], key=lambda p: (family_of(subject.records[chosen[p]]), p)):
     number = chosen[place]
@@ -267,7 +282,7 @@ def _dial_point(
   graded_file = directory / "dial" / f"graded-{bias:g}.json"
   graded = json.loads(graded_file.read_text()) if graded_file.is_file() else None
   if graded is None and subject.labelled:
-    graded, _ = _answer(subject, bias, console)
+    graded, _ = _answer(subject, subject.student, bias, f"answers at zero_expert_bias {bias:g}", console)
   with progress(console, f"tokens at zero_expert_bias {bias:g}") as show:
     measured = measure_texts(subject.student, texts, subject.teacher, bias, show)
   ratio = token_ratio(measured, subject.config.num_experts_per_tok)

@@ -144,7 +144,10 @@ _NUMBERS = ("logprob", "entropy", "teacher_logprob", "forward_kl", "reverse_kl")
 def _batch(texts: Texts, rows: Sequence[np.ndarray], batch_size: int, row_length: int) -> dict[str, np.ndarray]:
   def example(i: int) -> dict[str, np.ndarray]:
     start, end, prompt = texts.starts[i], texts.starts[i + 1], texts.prompt_lengths[i]
-    return {"prompt_tokens": texts.tokens[start : start + prompt], "response_tokens": texts.tokens[start + prompt : end]}
+    return {
+      "prompt_tokens": texts.tokens[start : start + prompt],
+      "response_tokens": texts.tokens[start + prompt : end],
+    }
 
   packed = [pack_row([example(int(i)) for i in row], row_length) for row in rows]
   packed += [pack_row([], row_length)] * (batch_size - len(packed))
@@ -194,9 +197,7 @@ def _measure(
     loads.append(_load(judge.picks, live, teacher.config.num_experts))
     judged = flat(judge.hidden), teacher.head()
   targets = flat(batch["targets"])
-  losses = token_losses(
-    flat(out.hidden), student.head(), targets, *judged, mask=flat(live), sharding=config.sharding
-  )
+  losses = token_losses(flat(out.hidden), student.head(), targets, *judged, mask=flat(live), sharding=config.sharding)
   zero = (out.picks >= config.num_experts).sum(axis=-1).astype(jnp.uint8)
   return zero, jnp.stack(losses).reshape(len(losses), *segments.shape), loads
 

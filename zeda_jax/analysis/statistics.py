@@ -147,7 +147,8 @@ def _bounds(drawn: Float[np.ndarray, "R *cells"]) -> tuple[np.ndarray, np.ndarra
     return low, high
   columns = drawn.reshape(len(drawn), -1)
   pairs = [
-    np.percentile(c[np.isfinite(c)], [tail, 100 - tail]) if np.isfinite(c).any() else (np.nan, np.nan) for c in columns.T
+    np.percentile(c[np.isfinite(c)], [tail, 100 - tail]) if np.isfinite(c).any() else (np.nan, np.nan)
+    for c in columns.T
   ]
   low, high = np.asarray(pairs).T
   return low.reshape(drawn.shape[1:]), high.reshape(drawn.shape[1:])

@@ -86,7 +86,9 @@ def quality_picture(models: Sequence[Model], points: Sequence[DialPoint]) -> Pic
   _legend(axes, graded, bool(line))
   rows = [{"model": m.label, **_numbers(m)} for m in graded]
   rows += [_dial_row(p) for p in line]
-  return Picture("quality", "Quality against skipped work", _quality_caption(graded, line, bottom), figure, rows, wide=True)
+  return Picture(
+    "quality", "Quality against skipped work", _quality_caption(graded, line, bottom), figure, rows, wide=True
+  )
 
 
 def _bottom(values: Sequence[float]) -> float:
@@ -113,7 +115,9 @@ def _draw_model(axes: Axes, number: int, model: Model, bottom: float) -> None:
     return
   axes.errorbar(x, y, yerr=100 * model.row["standard_error"], color=model.color, linewidth=1, alpha=0.55, zorder=3)
   axes.scatter([x], [y], s=105, color=model.color, zorder=4, linewidth=0)
-  axes.annotate(str(number), (x, y), ha="center", va="center_baseline", fontsize=7, color="white", zorder=5, weight="bold")
+  axes.annotate(
+    str(number), (x, y), ha="center", va="center_baseline", fontsize=7, color="white", zorder=5, weight="bold"
+  )
 
 
 def _draw_below(axes: Axes, x: float, y: float, bottom: float, color: str, prefix: str = "") -> None:
@@ -173,7 +177,9 @@ def _quality_caption(graded: Sequence[Model], line: Sequence[DialPoint], bottom:
     lost = 100 * (by_name["teacher"]["average"] - by_name["student"]["average"])
     error = 100 * math.hypot(by_name["teacher"]["standard_error"], by_name["student"]["standard_error"])
     skipped = percent(by_name["student"]["skipped_response"])
-    text += f"The student skips {skipped} of its expert picks and is {lost:.2f} ± {error:.2f} points below its teacher. "
+    text += (
+      f"The student skips {skipped} of its expert picks and is {lost:.2f} ± {error:.2f} points below its teacher. "
+    )
   if any(100 * m.row["average"] < bottom for m in graded) or any(100 * p.accuracy < bottom for p in line):
     text += "Triangles lie below the axis, at the number beside them."
   return text.strip()

@@ -39,7 +39,9 @@ def _position_picture(collected: Collected) -> Picture:
   shown = int(np.flatnonzero(tokens >= _FEWEST_TOKENS).max(initial=0)) + 1
   layers = moe_layers(collected)
   figure = Figure(figsize=(7.6, 1.7 + min(0.32 * len(layers), 3.0)), layout="constrained")
-  axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=[max(len(layers), 3), 0.5 if len(layers) < 12 else 1.5])
+  axes, strip = figure.subplots(
+    2, 1, sharex=True, height_ratios=[max(len(layers), 3), 0.5 if len(layers) < 12 else 1.5]
+  )
   edges = (-0.5, shown * width - 0.5, len(layers) - 0.5, -0.5)
   low, high = np.nanmin(ratio[:, :shown]), np.nanmax(ratio[:, :shown])
   image = axes.imshow(
@@ -55,7 +57,10 @@ def _position_picture(collected: Collected) -> Picture:
   axes.set_yticks(ticks, [str(layers[t]) for t in ticks])
   axes.set_ylabel("layer")
   strip.imshow(
-    style.tint(answer_share[None, :shown], style.STUDENT), aspect="auto", extent=(*edges[:2], 0, 1), interpolation="none"
+    style.tint(answer_share[None, :shown], style.STUDENT),
+    aspect="auto",
+    extent=(*edges[:2], 0, 1),
+    interpolation="none",
   )
   strip.set_yticks([0.5], ["answer"])
   strip.set_xlabel("position in the text (token)")
@@ -133,7 +138,9 @@ def kinds_picture(collected: Collected) -> Picture:
     enough = [(line, k) for line, k in enumerate(shown) if counts[k] >= _FEWEST_TOKENS]
     at = np.asarray([line for line, _ in enough]) + (number - 1) * 0.22
     v = np.asarray([[values[k].value, values[k].low, values[k].high] for _, k in enough]).reshape(-1, 3) * 100
-    axes.errorbar(v[:, 0], at, xerr=[v[:, 0] - v[:, 1], v[:, 2] - v[:, 0]], fmt="o", color=color, markersize=4.5, label=label)
+    axes.errorbar(
+      v[:, 0], at, xerr=[v[:, 0] - v[:, 1], v[:, 2] - v[:, 0]], fmt="o", color=color, markersize=4.5, label=label
+    )
     rows += [
       {"tokens": label, "kind": KINDS[k], "r_ze": values[k].value, "low": values[k].low, "high": values[k].high,
        "count": int(counts[k])}
@@ -143,9 +150,7 @@ def kinds_picture(collected: Collected) -> Picture:
   axes.invert_yaxis()
   axes.set_xlabel("picks skipped, r_ZE (%)")
   axes.legend(loc="lower left", bbox_to_anchor=(-0.12, 1.0), ncols=2, borderaxespad=0.2, columnspacing=1.2)
-  prompt, answer = (
-    float(np.nanmean(ratio[mask])) for mask in (texts.is_pass & ~texts.in_response, texts.in_response)
-  )
+  prompt, answer = (float(np.nanmean(ratio[mask])) for mask in (texts.is_pass & ~texts.in_response, texts.in_response))
   caption = (
     f"r_ZE by what the token is, with 95 % intervals; at least {_FEWEST_TOKENS} tokens each. Passes over the prompt skip "
     f"{percent(prompt)}, those that predict the answer {percent(answer)}."
@@ -218,7 +223,9 @@ def _load_picture(collected: Collected, before: np.ndarray, after: np.ndarray) -
 def load_correlation(before: np.ndarray, after: np.ndarray) -> float:
   """Mean over layers of Spearman's correlation between the experts' loads."""
   with np.errstate(invalid="ignore"):
-    values = [scipy.stats.spearmanr(b, a).statistic for b, a in zip(before, after, strict=True) if np.ptp(b) and np.ptp(a)]
+    values = [
+      scipy.stats.spearmanr(b, a).statistic for b, a in zip(before, after, strict=True) if np.ptp(b) and np.ptp(a)
+    ]
   return float(np.mean(values)) if values else float("nan")
 
 
@@ -230,7 +237,9 @@ def _rank_picture(before: np.ndarray, after: np.ndarray) -> Picture:
     ordered = -np.sort(-load, axis=1)
     axes.fill_between(rank, ordered.min(axis=0), ordered.max(axis=0), color=color, alpha=0.16, linewidth=0)
     axes.plot(rank, ordered.mean(axis=0), color=color, label=label)
-    rows += [{"model": label, "rank": int(r), "load": float(x)} for r, x in zip(rank, ordered.mean(axis=0), strict=True)]
+    rows += [
+      {"model": label, "rank": int(r), "load": float(x)} for r, x in zip(rank, ordered.mean(axis=0), strict=True)
+    ]
   axes.axhline(1, color=style.MUTED, linewidth=0.8, linestyle=(0, (1, 3)))
   axes.set_ylim(bottom=0)
   axes.xaxis.get_major_locator().set_params(integer=True)

@@ -93,8 +93,12 @@ def _loss_picture(stages: dict[str, list[Row]]) -> Picture:
   axes.legend(loc="best")
   last = {stage: _series(stages, "reverse_kl")[stage][1][-1:] for stage in stages}
   ends = ", ".join(f"{value[0]:.2g} at the end of {stage.upper()}" for stage, value in last.items() if value)
-  caption = "Distillation loss and distance to the teacher, on each step's own batch." + (f" KL: {ends}." if ends else "")
-  rows = _csv(stages, ("loss", "loss_distill", "loss_balance", "forward_kl", "reverse_kl", "cross_entropy", "grad_norm"))
+  caption = "Distillation loss and distance to the teacher, on each step's own batch." + (
+    f" KL: {ends}." if ends else ""
+  )
+  rows = _csv(
+    stages, ("loss", "loss_distill", "loss_balance", "forward_kl", "reverse_kl", "cross_entropy", "grad_norm")
+  )
   return Picture("training-loss", "Training: loss", caption, figure, rows)
 
 
@@ -109,7 +113,9 @@ def _ratio_picture(stages: dict[str, list[Row]], targets: dict[str, float]) -> P
     if stage in targets:
       label = "target of the balance loss" if not start else None
       ends = [start, start + rows[-1]["step"]]
-      axes.plot(ends, [100 * targets[stage]] * 2, color=style.BASELINE, linestyle=(0, (2, 2)), linewidth=1.2, label=label)
+      axes.plot(
+        ends, [100 * targets[stage]] * 2, color=style.BASELINE, linestyle=(0, (2, 2)), linewidth=1.2, label=label
+      )
     start += rows[-1]["step"]
   _mark_stages(axes, stages)
   axes.set_ylabel("picks skipped, r_ZE (%)")
@@ -123,7 +129,9 @@ def _ratio_picture(stages: dict[str, list[Row]], targets: dict[str, float]) -> P
 
 def _layer_picture(stages: dict[str, list[Row]]) -> Picture:
   figure, (axes,) = style.new_figure()
-  names = sorted({name for rows in stages.values() for row in rows for name in row if name.startswith("zero_ratio/layer_")})
+  names = sorted(
+    {name for rows in stages.values() for row in rows for name in row if name.startswith("zero_ratio/layer_")}
+  )
   colors = matplotlib.colormaps["viridis"]
   for place, name in enumerate(names):
     color = colors(0.08 + 0.8 * place / max(len(names) - 1, 1))

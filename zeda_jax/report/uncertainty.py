@@ -124,12 +124,16 @@ def _forest(lines: list[Line]) -> Picture:
     at = [among.index(line.among) + (number - (len(measures) - 1) / 2) * 0.24 for line in mine]
     v = np.asarray([line.spearman[:3] for line in mine])
     spread = [v[:, 0] - v[:, 1], v[:, 2] - v[:, 0]]
-    axes.errorbar(v[:, 0], at, xerr=np.maximum(spread, 0), fmt="o", color=color, markersize=4.5, label=MEASURES[measure][0])
+    axes.errorbar(
+      v[:, 0], at, xerr=np.maximum(spread, 0), fmt="o", color=color, markersize=4.5, label=MEASURES[measure][0]
+    )
   axes.axvline(0, color=style.MUTED, linewidth=0.9)
   axes.set_yticks(range(len(among)), among)
   axes.set_ylim(len(among) - 0.5, -0.5)
   axes.set_xlabel("Spearman correlation with r_ZE")
-  axes.legend(loc="lower left", bbox_to_anchor=(-0.12, 1.0), ncols=3, borderaxespad=0.2, columnspacing=1.0, handletextpad=0.2)
+  axes.legend(
+    loc="lower left", bbox_to_anchor=(-0.12, 1.0), ncols=3, borderaxespad=0.2, columnspacing=1.0, handletextpad=0.2
+  )
   rows = [
     {
       "measure": line.measure,
