@@ -141,8 +141,8 @@ def _claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     for name in settings:
       if before.get(name) != settings[name]:
         raise ZedaError(
-          f"{directory} was measured with {name} {before.get(name)!r}, now it is {settings[name]!r}: use another --out, "
-          "or --overwrite to measure again."
+          f"{directory} was measured with {name} {before.get(name)!r}, now it is {settings[name]!r}: use another "
+          "--out, or --overwrite to measure again."
         )
     return
   directory.mkdir(parents=True, exist_ok=True)
@@ -215,12 +215,13 @@ def _write_tokens(
   kinds = np.concatenate([kind_of(texts.tokens[a:b].tolist()) for a, b in spans])
   families = sorted({family_of(subject.records[i]) for i in chosen})
   family = np.asarray([families.index(family_of(subject.records[i])) for i in chosen], np.int32)
-  arrays = {name: getattr(measured, name) for name in _TOKEN_ARRAYS}
+  arrays: dict[str, Any] = {name: getattr(measured, name) for name in _TOKEN_ARRAYS}
   if measured.teacher_load is not None:
     arrays["teacher_load"] = measured.teacher_load
-  places = {"texts": texts.tokens, "starts": texts.starts, "prompt_lengths": texts.prompt_lengths}
+  arrays |= {"texts": texts.tokens, "starts": texts.starts, "prompt_lengths": texts.prompt_lengths}
+  arrays |= {"kinds": kinds, "family": family, "families": np.asarray(families)}
   with atomic_writer(directory / "tokens.npz") as out:
-    np.savez_compressed(out, **arrays, **places, kinds=kinds, family=family, families=np.asarray(families))
+    np.savez_compressed(out, allow_pickle=False, **arrays)
 
 
 def _write_examples(
@@ -235,9 +236,8 @@ def _write_examples(
   by_family: dict[str, list[int]] = {}
   for place, number in enumerate(chosen):
     by_family.setdefault(family_of(subject.records[number]), []).append(place)
-  turns = [
-    place for turn in range(count) for _, places in sorted(by_family.items()) for place in places[turn : turn + 1]
-  ]
+  in_order = [places for _, places in sorted(by_family.items())]
+  turns = [place for turn in range(count) for places in in_order for place in places[turn : turn + 1]]
   examples = []
   for place in sorted(turns[:count], key=lambda p: (family_of(subject.records[chosen[p]]), p)):
     number = chosen[place]

@@ -143,11 +143,8 @@ _NUMBERS = ("logprob", "entropy", "teacher_logprob", "forward_kl", "reverse_kl")
 
 def _batch(texts: Texts, rows: Sequence[np.ndarray], batch_size: int, row_length: int) -> dict[str, np.ndarray]:
   def example(i: int) -> dict[str, np.ndarray]:
-    start, end, prompt = texts.starts[i], texts.starts[i + 1], texts.prompt_lengths[i]
-    return {
-      "prompt_tokens": texts.tokens[start : start + prompt],
-      "response_tokens": texts.tokens[start + prompt : end],
-    }
+    tokens = texts.tokens[texts.starts[i] : texts.starts[i + 1]]
+    return {"prompt_tokens": tokens[: texts.prompt_lengths[i]], "response_tokens": tokens[texts.prompt_lengths[i] :]}
 
   packed = [pack_row([example(int(i)) for i in row], row_length) for row in rows]
   packed += [pack_row([], row_length)] * (batch_size - len(packed))

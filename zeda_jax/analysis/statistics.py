@@ -1,15 +1,16 @@
-"""Means and correlations over tokens, with intervals from resampling whole texts: tokens of one text are not independent.
+"""Means and correlations over tokens, with intervals from resampling whole texts.
 
-All intervals are percentile bootstraps over texts. A resample only changes how often each text counts, so sums are made
-once per text, and each resample is a weighted sum of those.
+Tokens of one text are not independent, so texts are what is drawn. All intervals are percentile bootstraps. A resample
+only changes how often each text counts, so sums are made once per text, and each resample is a weighted sum of those.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -132,10 +133,18 @@ def quantile_bins(x: Float[np.ndarray, " T"], count: int) -> tuple[Int[np.ndarra
 
 def _weights(num_texts: int, resamples: int, seed: int) -> Iterator[Float[np.ndarray, "R S"]]:
   """How often each text is drawn in each resample, some resamples at a time."""
-  rng = np.random.default_rng(seed)
-  even = np.full(num_texts, 1 / num_texts)
+  counts = _counts(num_texts, resamples, seed)
   for first in range(0, resamples, _AT_ONCE):
-    yield rng.multinomial(num_texts, even, size=min(_AT_ONCE, resamples - first)).astype(np.float64)
+    yield counts[first : first + _AT_ONCE].astype(np.float64)
+
+
+@functools.lru_cache(maxsize=4)  # most figures of a report resample the same texts
+def _counts(num_texts: int, resamples: int, seed: int) -> UInt8[np.ndarray, "R S"]:
+  rng = np.random.default_rng(seed)
+  counts = np.empty((resamples, num_texts), np.uint8)  # 255 of one text in one resample does not happen
+  for row in counts:
+    row[:] = np.bincount(rng.integers(num_texts, size=num_texts), minlength=num_texts)
+  return counts
 
 
 def _bounds(drawn: Float[np.ndarray, "R *cells"]) -> tuple[np.ndarray, np.ndarray]:
@@ -146,9 +155,6 @@ def _bounds(drawn: Float[np.ndarray, "R *cells"]) -> tuple[np.ndarray, np.ndarra
     low, high = np.percentile(drawn, [tail, 100 - tail], axis=0)
     return low, high
   columns = drawn.reshape(len(drawn), -1)
-  pairs = [
-    np.percentile(c[np.isfinite(c)], [tail, 100 - tail]) if np.isfinite(c).any() else (np.nan, np.nan)
-    for c in columns.T
-  ]
-  low, high = np.asarray(pairs).T
+  bounds = lambda c: np.percentile(c, [tail, 100 - tail]) if len(c) else (np.nan, np.nan)
+  low, high = np.asarray([bounds(c[np.isfinite(c)]) for c in columns.T]).T
   return low.reshape(drawn.shape[1:]), high.reshape(drawn.shape[1:])

@@ -211,8 +211,8 @@ def _checked(
     total = len(tokens) + answering.max_new_tokens
     if total > config.max_position_embeddings:
       raise ZedaError(
-        f"{where}: the prompt has {len(tokens)} tokens, which with {answering.max_new_tokens} new tokens makes {total}, "
-        f"more than the context of {config.max_position_embeddings}: shorten it or lower --max-new-tokens."
+        f"{where}: the prompt has {len(tokens)} tokens, which with {answering.max_new_tokens} new tokens makes "
+        f"{total}, more than the context of {config.max_position_embeddings}: shorten it or lower --max-new-tokens."
       )
     records.append(record)
     prompts.append(tokens)

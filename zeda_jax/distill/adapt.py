@@ -158,7 +158,7 @@ def _evaluate_all(job: Job) -> None:
 
 
 def _note_config(job: Job) -> None:
-  """Leaves evaluate/config.json: where teacher and prompts lie, and all settings, for who looks at the results later."""
+  """Leaves evaluate/config.json: where teacher and prompts lie, and all settings, for a later look at the results."""
   file = job.workdir / "evaluate" / "config.json"
   config = job.config.to_dict()
   absolute = lambda path: str(pathlib.Path(path).resolve()) if path else ""

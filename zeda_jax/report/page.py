@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.resources
+import re
 from collections.abc import Sequence
 
 import jinja2
@@ -36,23 +37,37 @@ class Section:
   facts: Sequence[tuple[str, str]] = ()
 
   @property
+  def layout(self) -> str:
+    """How the figures are set: "pair" beside each other, "three" in a row, or one wide and one narrow ("split")."""
+    wide, narrow = (sum(picture.wide == of for picture in self.pictures) for of in (True, False))
+    return "split" if (wide, narrow) == (1, 1) else "three" if narrow == 3 else "pair"
+
+  @property
   def is_empty(self) -> bool:
     return not (self.tables or self.pictures or self.examples or self.facts)
+
+
+def _svg(picture: Picture) -> markupsafe.Markup:
+  return markupsafe.Markup(style.svg(picture.figure, picture.name, f"{picture.title}. {picture.caption}"))
+
+
+def _code(text: str) -> markupsafe.Markup:
+  """Escaped text whose `commands` are set as code."""
+  return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
 def render(title: str, lead: str, tiles: Sequence[Tile], sections: Sequence[Section]) -> str:
   """The HTML text; sections without content are left out."""
   source = importlib.resources.files("zeda_jax.report").joinpath("page.html").read_text(encoding="utf-8")
-  template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-  return template.render(
+  environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+  environment.filters["code"] = _code
+  return environment.from_string(source).render(
     title=title,
     lead=lead,
     tiles=tiles,
     sections=[section for section in sections if not section.is_empty],
     light=markupsafe.Markup(style.variables(0)),
     dark=markupsafe.Markup(style.variables(1)),
-    svg=lambda picture: markupsafe.Markup(
-      style.svg(picture.figure, picture.name, f"{picture.title}. {picture.caption}")
-    ),
+    svg=_svg,
     version=__version__,
   )

@@ -45,4 +45,17 @@ def _cell(value: Any) -> Any:
 
 
 def percent(value: float, digits: int = 1) -> str:
-  return f"{100 * value:.{digits}f} %"
+  """A share in percent, kept on one line."""
+  return f"{100 * value:.{digits}f}\N{NARROW NO-BREAK SPACE}%"
+
+
+def minus(text: str) -> str:
+  """Numbers with a typographic minus."""
+  return text.replace("-", "\N{MINUS SIGN}")
+
+
+def power_of_ten(exponent: int) -> str:
+  """0.001 .. 100 as they are, others as 10 to a power."""
+  if -4 < exponent < 4:
+    return f"{10.0**exponent:g}"
+  return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

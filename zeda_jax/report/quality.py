@@ -1,6 +1,7 @@
 """Quality against skipped work: every measured model, and the dial of one checkpoint."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from zeda_jax.report import style
-from zeda_jax.report.picture import Picture, percent
+from zeda_jax.report.picture import Picture, minus, percent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def dial_points(dial: Sequence[Mapping[str, Any]]) -> list[DialPoint]:
 
 def is_monotone(points: Sequence[DialPoint]) -> bool:
   """Whether r_ZE rises with the bias, from each point to the next."""
-  return all(a.ratio <= b.ratio for a, b in zip(points, points[1:], strict=False))
+  return all(a.ratio <= b.ratio for a, b in itertools.pairwise(points))
 
 
 def quality_picture(models: Sequence[Model], points: Sequence[DialPoint]) -> Picture | None:
@@ -67,7 +68,7 @@ def quality_picture(models: Sequence[Model], points: Sequence[DialPoint]) -> Pic
   line = [p for p in points if math.isfinite(p.accuracy)]
   if not graded and not line:
     return None
-  figure, (axes,) = style.new_figure(6.4, 4.0)
+  figure, (axes,) = style.new_figure(8.4, 4.4)
   values = [100 * m.row["average"] for m in graded] + [100 * p.accuracy for p in line]
   bottom = _bottom(values)
   top = max(values)
@@ -86,9 +87,8 @@ def quality_picture(models: Sequence[Model], points: Sequence[DialPoint]) -> Pic
   _legend(axes, graded, bool(line))
   rows = [{"model": m.label, **_numbers(m)} for m in graded]
   rows += [_dial_row(p) for p in line]
-  return Picture(
-    "quality", "Quality against skipped work", _quality_caption(graded, line, bottom), figure, rows, wide=True
-  )
+  caption = _quality_caption(graded, line, bottom)
+  return Picture("quality", "Quality against skipped work", caption, figure, rows, wide=True)
 
 
 def _bottom(values: Sequence[float]) -> float:
@@ -115,8 +115,8 @@ def _draw_model(axes: Axes, number: int, model: Model, bottom: float) -> None:
     return
   axes.errorbar(x, y, yerr=100 * model.row["standard_error"], color=model.color, linewidth=1, alpha=0.55, zorder=3)
   axes.scatter([x], [y], s=105, color=model.color, zorder=4, linewidth=0)
-  axes.annotate(
-    str(number), (x, y), ha="center", va="center_baseline", fontsize=7, color="white", zorder=5, weight="bold"
+  axes.text(
+    x, y, str(number), ha="center", va="center_baseline", fontsize=7, color=style.PAPER, zorder=5, weight="bold"
   )
 
 
@@ -139,7 +139,7 @@ def _legend(axes: Axes, graded: Sequence[Model], has_dial: bool) -> None:
       axes.scatter([], [], s=60, color=color, label=label, linewidth=0)
   if has_dial:
     axes.plot([], [], color=style.GREEN, marker="o", markersize=3.5, label="the dial: one checkpoint, other biases")
-  axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0.2, columnspacing=1.4)
+  style.legend_above(axes, columns=4)
 
 
 def _numbers(model: Model) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def _bias_picture(points: Sequence[DialPoint]) -> Picture:
   axes.axvline(0, color=style.MUTED, linewidth=0.8, linestyle=(0, (1, 3)))
   axes.set_ylim(-4, 104)
   ticks = [t for t in axes.get_xticks() if min(p.bias for p in finite) <= t <= max(p.bias for p in finite)]
-  labels = [f"{t:g}" for t in ticks]
+  labels = [minus(f"{t:g}") for t in ticks]
   if first:
     ticks, labels = [edge, *ticks], ["−∞", *labels]
   axes.set_xticks(ticks, labels)

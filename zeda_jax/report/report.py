@@ -11,7 +11,7 @@ from zeda_jax.data.jsonl import atomic_writer
 from zeda_jax.distill.recipe import write_json
 from zeda_jax.report import coloured, quality, routing, speed, style, tables, training, uncertainty
 from zeda_jax.report.page import Section, Tile, render
-from zeda_jax.report.picture import Picture, percent, to_csv
+from zeda_jax.report.picture import Picture, minus, percent, to_csv
 from zeda_jax.zero_experts import target_ratio
 
 PAGE = "index.html"
@@ -27,6 +27,7 @@ class Report:
   targets: dict[str, float]
   evaluations: Sequence[tuple[str, tables.Table]]
   bench: Sequence[speed.Measured]
+  correlations: Sequence[uncertainty.Line]
   name: str
 
 
@@ -52,6 +53,7 @@ def gather(
     {} if main is None else _targets(collected, main),
     [] if workdir is None else tables.evaluation_tables(workdir),
     [] if bench is None else speed.read_bench(bench),
+    uncertainty.correlation_lines(collected),
     name,
   )
 
@@ -101,7 +103,7 @@ def _write(file: pathlib.Path, content: bytes) -> pathlib.Path:
 def _contents(report: Report) -> tuple[list[Tile], list[Section]]:
   collected = report.collected
   points = quality.dial_points(collected.dial)
-  lines = uncertainty.correlation_lines(collected)
+  lines = report.correlations
   labelled = any(math.isfinite(p.accuracy) for p in points)
   at_zero = next(p for p in points if p.bias == 0)
   rows = speed.speedup_rows(collected.config, at_zero.ratio_all, at_zero.ratio, report.bench)
@@ -111,13 +113,7 @@ def _contents(report: Report) -> tuple[list[Tile], list[Section]]:
     Section("evaluation", "Evaluation", "From `zeda evaluate`. " + _EVALUATION, report.evaluations),
     Section("dial", "The dial", _DIAL, [("", tables.dial_table(points, labelled))], quality.dial_pictures(points)),
     Section("training", "Training", "", (), training.training_pictures(report.stages, report.targets)),
-    Section(
-      "where",
-      "Where work is skipped",
-      _WHERE,
-      (),
-      [*routing.layer_pictures(collected), routing.kinds_picture(collected)],
-    ),
+    Section("where", "Where work is skipped", _WHERE, (), _where(collected)),
     Section(
       "uncertainty",
       "Which tokens skip",
@@ -133,18 +129,23 @@ def _contents(report: Report) -> tuple[list[Tile], list[Section]]:
   return _tiles(report, at_zero, lines, rows), sections
 
 
+def _where(collected: Collected) -> list[Picture]:
+  return [*routing.layer_pictures(collected), routing.kinds_picture(collected)]
+
+
 _DIAL = (
-  "zero_expert_bias is added to the router logits of the zero experts at run time: one adapted checkpoint, several points "
-  "of quality and speed, no training. Distances are means over the same answers at every setting, with 95 % intervals."
+  "`zero_expert_bias` is added to the router logits of the zero experts at run time: one adapted checkpoint, several "
+  "points of quality and speed, no training. Distances are means over the same answers at every setting, with 95 % "
+  "intervals."
 )
 _WHERE = "r_ZE is the share of the K expert picks of a token that fall on zero experts, and so cost nothing."
 _UNCERTAINTY = (
-  "Does the student spend its experts where it is unsure? A negative correlation says yes: fewer picks are skipped where "
-  "entropy, or the gap to the teacher, is high. Intervals are 95 % bootstraps over whole texts."
+  "Does the student spend its experts where it is unsure? A negative correlation says yes: fewer picks are skipped "
+  "where entropy, or the gap to the teacher, is high. Intervals are 95 % bootstraps over whole texts."
 )
 _TOKENS = (
-  "Every token is coloured by the pass that predicted it, relative to the mean r_ZE of all answers. The texts are the first "
-  "of each family, not chosen by what they show."
+  "Every token is coloured by the pass that predicted it, relative to the mean r_ZE of all answers. The texts are the "
+  "first of each family, not chosen by what they show."
 )
 _EVALUATION = "Scores in percent with standard errors; r_ZE per response, per response token and over all tokens."
 
@@ -157,8 +158,8 @@ def _results_text(report: Report) -> str:
   if not report.models:
     return "The prompts have no labels, so answers were not graded: quality is the distance to the teacher, below."
   return (
-    "Accuracy in percent on held-out prompts; r_ZE over all passes and over those that predict the answer; expert FLOPs "
-    "relative to the teacher's; seconds to generate all answers, one run each."
+    "Accuracy in percent on held-out prompts; r_ZE over all passes and over those that predict the answer; expert "
+    "FLOPs relative to the teacher's; seconds to generate all answers, one run each."
   )
 
 
@@ -181,7 +182,7 @@ def _tiles(
     student, note = by_name["student"], ""
     if "teacher" in by_name:
       difference = 100 * (student["average"] - by_name["teacher"]["average"])
-      note = f"{difference:+.2f} against the teacher".replace("-", "−")
+      note = minus(f"{difference:+.2f} against the teacher")
     tiles.append(Tile(f"{100 * student['average']:.2f} %", "accuracy", note))
   elif math.isfinite(at_zero.kl[0]):
     tiles.append(Tile(f"{at_zero.kl[0]:.2g}", "KL to the teacher", "nats per answer token"))
@@ -191,8 +192,8 @@ def _tiles(
     Tile(f"{decode[0]['theory']:.2f}×", "decode speed in theory", f"MoE layer, {decode[0]['length']} tokens")
   )
   entropy = next(line for line in lines if line.measure == "entropy" and line.among == "all")
-  value = f"{entropy.spearman.value:+.2f}".replace("-", "−")
-  tiles.append(Tile(value, "Spearman with entropy", f"{entropy.verdict}, 95 % interval"))
+  value, _, interval = uncertainty.signed(entropy.spearman).partition(" ")
+  tiles.append(Tile(value, "correlation with entropy", f"Spearman, 95 % {interval}"))
   return tiles
 
 
@@ -239,7 +240,7 @@ def write_summary(report: Report, directory: pathlib.Path) -> pathlib.Path:
     "correlations": [
       {"measure": line.measure, "among": line.among, "sign": line.verdict,
        "spearman": list(line.spearman[:3]), "pearson": list(line.pearson[:3])}
-      for line in uncertainty.correlation_lines(report.collected)
+      for line in report.correlations
     ],
   }  # fmt: skip
   write_json(directory / "report.json", value)

@@ -1,5 +1,6 @@
 """Where work is skipped: by layer and position, by kind of token; and how loaded the experts are, before and after."""
 
+import matplotlib
 import numpy as np
 import scipy.stats
 from matplotlib.axes import Axes
@@ -38,10 +39,9 @@ def _position_picture(collected: Collected) -> Picture:
     ratio, answer_share = picks / (tokens * top_k), answers / tokens
   shown = int(np.flatnonzero(tokens >= _FEWEST_TOKENS).max(initial=0)) + 1
   layers = moe_layers(collected)
-  figure = Figure(figsize=(7.6, 1.7 + min(0.32 * len(layers), 3.0)), layout="constrained")
-  axes, strip = figure.subplots(
-    2, 1, sharex=True, height_ratios=[max(len(layers), 3), 0.5 if len(layers) < 12 else 1.5]
-  )
+  figure = Figure(figsize=(8.6, 1.7 + min(0.32 * len(layers), 3.0)), layout="constrained")
+  heights = [max(len(layers), 3), 0.5 if len(layers) < 12 else 1.5]
+  axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=heights)
   edges = (-0.5, shown * width - 0.5, len(layers) - 0.5, -0.5)
   low, high = np.nanmin(ratio[:, :shown]), np.nanmax(ratio[:, :shown])
   image = axes.imshow(
@@ -110,10 +110,10 @@ def _layer_picture(collected: Collected) -> Picture:
       {"layer": layer, "passes": label, "r_ze": v.value, "low": v.low, "high": v.high}
       for layer, v in zip(layers, values, strict=True)
     ]
-  axes.xaxis.get_major_locator().set_params(integer=True)
+  axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
   axes.set_xlabel("layer")
   axes.set_ylabel("picks skipped, r_ZE (%)")
-  axes.legend(loc="best")
+  style.legend_above(axes)
   caption = "r_ZE of every MoE layer, with 95 % intervals."
   return Picture("layers", "Layer by layer", caption, figure, rows)
 
@@ -149,11 +149,11 @@ def kinds_picture(collected: Collected) -> Picture:
   axes.set_yticks(range(len(shown)), [KINDS[k] for k in shown])
   axes.invert_yaxis()
   axes.set_xlabel("picks skipped, r_ZE (%)")
-  axes.legend(loc="lower left", bbox_to_anchor=(-0.12, 1.0), ncols=2, borderaxespad=0.2, columnspacing=1.2)
+  style.legend_above(axes)
   prompt, answer = (float(np.nanmean(ratio[mask])) for mask in (texts.is_pass & ~texts.in_response, texts.in_response))
   caption = (
-    f"r_ZE by what the token is, with 95 % intervals; at least {_FEWEST_TOKENS} tokens each. Passes over the prompt skip "
-    f"{percent(prompt)}, those that predict the answer {percent(answer)}."
+    f"r_ZE by what the token is, with 95 % intervals; at least {_FEWEST_TOKENS} tokens each. Passes over the prompt "
+    f"skip {percent(prompt)}, those that predict the answer {percent(answer)}."
   )
   return Picture("token-kinds", "Kinds of tokens", caption, figure, rows)
 
@@ -186,10 +186,15 @@ def _load_picture(collected: Collected, before: np.ndarray, after: np.ndarray) -
   figure = Figure(figsize=(7.6, 1.6 + min(0.3 * len(before), 2.6)), layout="constrained")
   axes = figure.subplots(1, 2, sharey=True)
   highest = float(max(np.quantile(before, 0.995), np.quantile(after, 0.995), 1.5))
+  norm = matplotlib.colors.TwoSlopeNorm(1, 0, highest)
   layers = moe_layers(collected)
   for each, load, title in zip(axes, (before, after), ("before: teacher", "after: student"), strict=True):
     image = each.imshow(
-      np.take_along_axis(load, order, axis=1), aspect="auto", cmap="magma_r", vmin=0, vmax=highest, interpolation="none"
+      np.take_along_axis(load, order, axis=1),
+      aspect="auto",
+      cmap=style.HEAT.reversed(),
+      norm=norm,
+      interpolation="none",
     )
     each.set_title(title, fontsize=9, color=style.INK, loc="left")
     each.set_xlabel("expert, by the teacher's load")
@@ -242,10 +247,10 @@ def _rank_picture(before: np.ndarray, after: np.ndarray) -> Picture:
     ]
   axes.axhline(1, color=style.MUTED, linewidth=0.8, linestyle=(0, (1, 3)))
   axes.set_ylim(bottom=0)
-  axes.xaxis.get_major_locator().set_params(integer=True)
+  axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
   axes.set_xlabel("rank of the expert in its layer")
   axes.set_ylabel("load ÷ even share")
-  axes.legend(loc="best")
+  style.legend_above(axes)
   caption = "The same, each side sorted by its own load: mean over layers, and the range of the layers."
   return Picture("load-balance", "How evenly work is spread", caption, figure, rows)
 

@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-
 from zeda_jax.analysis.flops import decode_flops, prefill_flops, theoretical_speedup
 from zeda_jax.config import ModelConfig
 from zeda_jax.errors import ZedaError
@@ -116,7 +115,7 @@ def _speedup_picture(rows: Sequence[Mapping[str, Any]]) -> Picture:
   axes.axhline(1, color=style.MUTED, linewidth=0.8, linestyle=(0, (1, 3)))
   axes.set_xlabel("tokens read (prefill) or generated (decode)")
   axes.set_ylabel("speed-up of one MoE layer")
-  axes.legend(loc="best")
+  style.legend_above(axes)
   prefill, decode = (next(row for row in rows if row["stage"] == stage) for stage in STAGES)
   caption = (
     f"FLOPs of the static layer over those of the dynamic one (paper, Appendix D), at the student's r_ZE: "
@@ -132,7 +131,8 @@ def _flops_picture(config: ModelConfig, rows: Sequence[Mapping[str, Any]], ratio
   lengths = sorted({int(row["length"]) for row in rows})
   shown = [lengths[0], lengths[len(lengths) // 2], lengths[-1]] if len(lengths) > 2 else lengths
   parts = {"experts": style.STUDENT, "shared": style.GREEN, "router": style.GOLD, "attention": style.GREY}
-  table, ticks, at = [], [], 0.0
+  table: list[dict[str, Any]] = []
+  ticks, at = [], 0.0
   for length in shown:
     static, zero = config.replace(num_zero_experts=0), 0.0
     for config_, r, name in ((static, zero, "static"), (config, ratio, "dynamic")):
@@ -156,7 +156,7 @@ def _flops_picture(config: ModelConfig, rows: Sequence[Mapping[str, Any]], ratio
   axes.set_xticks([x for x, _ in ticks], [name for _, name in ticks])
   axes.grid(False, axis="x")
   axes.set_ylabel("MFLOPs of a layer per generated token")
-  axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=4, borderaxespad=0.2, columnspacing=1.2)
+  style.legend_above(axes, columns=4)
   caption = (
     f"One MoE layer while decoding, at r_ZE {percent(ratio)}: the experts' FLOPs fall to {percent(1 - ratio)}, the "
     "router's rise with its rows, attention stays."
@@ -170,9 +170,9 @@ def seconds_note(rows: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str
   if "teacher" not in timed or "student" not in timed:
     return ""
   text = (
-    f"Generating the held-out answers took {timed['teacher']:.1f} s with the teacher and {timed['student']:.1f} s with the "
-    f"student, {timed['teacher'] / timed['student']:.2f} times the speed. These are single runs, with attention, sampling "
-    "and padding in them, on a machine that may have been busy"
+    f"Generating the held-out answers took {timed['teacher']:.1f} s with the teacher and {timed['student']:.1f} s with "
+    f"the student, {timed['teacher'] / timed['student']:.2f} times the speed. These are single runs, with attention, "
+    "sampling and padding in them, on a machine that may have been busy"
   )
   alike: dict[float, list[float]] = {}
   for name, row in rows.items():

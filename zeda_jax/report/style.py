@@ -1,7 +1,7 @@
 """How figures look, and how one drawing serves white paper and pages in light and dark.
 
-Every colour of the palette is used for one meaning. PNGs show the light palette. In the SVG that goes into the page each
-colour is replaced by a variable of the style sheet, which follows the reader's choice of light or dark.
+Every colour of the palette is used for one meaning. PNGs show the light palette. In the SVG that goes into the page
+each colour is replaced by a variable of the style sheet, which follows the reader's choice of light or dark.
 """
 
 import base64
@@ -9,6 +9,7 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -26,8 +27,9 @@ PALETTE = {
   "purple": ("#8560ab", "#c4a4e8"),
   "gold": ("#a97a1c", "#e3ba5c"),
   "grey": ("#4b5866", "#aab7c5"),
+  "paper": ("#fdfefe", "#171c23"),  # text on a coloured ground
 }
-INK, MUTED, GRID, STUDENT, BASELINE, GREEN, PURPLE, GOLD, GREY = (light for light, _ in PALETTE.values())
+INK, MUTED, GRID, STUDENT, BASELINE, GREEN, PURPLE, GOLD, GREY, PAPER = (light for light, _ in PALETTE.values())
 SERIES = (STUDENT, BASELINE, GREEN, PURPLE, GOLD, GREY)
 
 # Few to many skipped picks: warm where experts work, cool where they rest. Reads on white and on black.
@@ -36,7 +38,10 @@ HEAT = matplotlib.colors.LinearSegmentedColormap.from_list(
   "skipped", ["#8f2d1c", "#d96c49", "#f2c9a1", "#e9ecdf", "#a5cfd6", "#3d8ea8", "#12495f"]
 )
 
-_RC = {
+# Layers from first to last: hues of like lightness, which all read on white and on black.
+DEPTH = matplotlib.colors.LinearSegmentedColormap.from_list("depth", [PURPLE, "#4f7fc0", STUDENT, GREEN, GOLD])
+
+_RC: Any = {
   "svg.fonttype": "none",
   "font.family": "sans-serif",
   "font.sans-serif": ["DejaVu Sans"],
@@ -80,6 +85,12 @@ def new_figure(width: float = 5.0, height: float = 3.4, columns: int = 1) -> tup
   figure = Figure(figsize=(width, height), layout="constrained")
   axes = figure.subplots(1, columns, squeeze=False)[0]
   return figure, list(axes)
+
+
+def legend_above(axes: Axes, columns: int = 2) -> None:
+  """A legend over the axes, where no line is."""
+  space = {"borderaxespad": 0.2, "columnspacing": 1.2, "handletextpad": 0.5, "handlelength": 1.6}
+  axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, **space)
 
 
 def png(figure: Figure) -> bytes:

@@ -69,7 +69,7 @@ def _mark_stages(axes: Axes, stages: dict[str, list[Row]]) -> None:
       axes.axvline(start, color=style.MUTED, linewidth=0.8, linestyle=(0, (1, 3)))
     if len(stages) > 1:
       transform = axes.get_xaxis_transform()
-      axes.text((start + end) / 2, 1.0, stage.upper(), transform=transform, ha="center", color=style.MUTED, fontsize=8)
+      axes.text((start + end) / 2, 0.015, stage.upper(), transform=transform, ha="center", color=style.MUTED)
     start = end
   axes.set_xlabel("training step")
   axes.set_xlim(0, start)
@@ -90,15 +90,12 @@ def _loss_picture(stages: dict[str, list[Row]]) -> Picture:
     axes.set_yscale("log")
   _mark_stages(axes, stages)
   axes.set_ylabel("nats per response token")
-  axes.legend(loc="best")
+  style.legend_above(axes)
   last = {stage: _series(stages, "reverse_kl")[stage][1][-1:] for stage in stages}
   ends = ", ".join(f"{value[0]:.2g} at the end of {stage.upper()}" for stage, value in last.items() if value)
-  caption = "Distillation loss and distance to the teacher, on each step's own batch." + (
-    f" KL: {ends}." if ends else ""
-  )
-  rows = _csv(
-    stages, ("loss", "loss_distill", "loss_balance", "forward_kl", "reverse_kl", "cross_entropy", "grad_norm")
-  )
+  caption = f"Distillation loss and distance to the teacher, on each step's own batch.{f' KL: {ends}.' if ends else ''}"
+  columns = ("loss", "loss_distill", "loss_balance", "forward_kl", "reverse_kl", "cross_entropy", "grad_norm")
+  rows = _csv(stages, columns)
   return Picture("training-loss", "Training: loss", caption, figure, rows)
 
 
@@ -111,30 +108,28 @@ def _ratio_picture(stages: dict[str, list[Row]], targets: dict[str, float]) -> P
   start = 0.0
   for stage, rows in stages.items():
     if stage in targets:
-      label = "target of the balance loss" if not start else None
+      label = "_" if start else "target of the balance loss"
       ends = [start, start + rows[-1]["step"]]
-      axes.plot(
-        ends, [100 * targets[stage]] * 2, color=style.BASELINE, linestyle=(0, (2, 2)), linewidth=1.2, label=label
-      )
+      level = [100 * targets[stage]] * 2
+      axes.plot(ends, level, color=style.BASELINE, linestyle=(0, (2, 2)), linewidth=1.2, label=label)
     start += rows[-1]["step"]
   _mark_stages(axes, stages)
   axes.set_ylabel("picks skipped, r_ZE (%)")
-  axes.legend(loc="best")
+  style.legend_above(axes)
   last = [values[1][-1] for values in _series(stages, "zero_ratio/response").values() if values[1]]
   end = f" It ends at {percent(last[-1])} of the response's picks." if last else ""
   caption = "Share of picks that fall on zero experts, batch by batch." + end
-  rows = _csv(stages, ("zero_ratio", "zero_ratio/response"))
-  return Picture("training-ratio", "Training: skipped work", caption, figure, rows)
+  table = _csv(stages, ("zero_ratio", "zero_ratio/response"))
+  return Picture("training-ratio", "Training: skipped work", caption, figure, table)
 
 
 def _layer_picture(stages: dict[str, list[Row]]) -> Picture:
   figure, (axes,) = style.new_figure()
-  names = sorted(
-    {name for rows in stages.values() for row in rows for name in row if name.startswith("zero_ratio/layer_")}
-  )
-  colors = matplotlib.colormaps["viridis"]
+  every = {name for rows in stages.values() for row in rows for name in row}
+  names = sorted(name for name in every if name.startswith("zero_ratio/layer_"))
+  colors = style.DEPTH
   for place, name in enumerate(names):
-    color = colors(0.08 + 0.8 * place / max(len(names) - 1, 1))
+    color = colors(place / max(len(names) - 1, 1))
     for x, y in _series(stages, name).values():
       axes.plot(x, [100 * v for v in y], color=color, linewidth=1.1 if len(names) > 8 else 1.6)
   _mark_stages(axes, stages)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from zeda_jax.analysis.collect import Collected
 from zeda_jax.analysis.statistics import Correlation, correlation, means, quantile_bins
 from zeda_jax.report import style
-from zeda_jax.report.picture import Picture, percent
+from zeda_jax.report.picture import Picture, minus, percent, power_of_ten
 
 _BINS = 14
 _FLOOR = 1e-7  # nats; smaller values are drawn there
@@ -59,12 +60,12 @@ def _measures(collected: Collected) -> list[str]:
   return [name for name in MEASURES if np.isfinite(getattr(collected.tokens, name)).any()]
 
 
-def uncertainty_pictures(collected: Collected, lines: list[Line]) -> list[Picture]:
+def uncertainty_pictures(collected: Collected, lines: Sequence[Line]) -> list[Picture]:
   pictures = [_curve(collected, name, lines) for name in _measures(collected) if name != "reverse_kl"]
   return [*pictures, _forest(lines)]
 
 
-def _curve(collected: Collected, name: str, lines: list[Line]) -> Picture:
+def _curve(collected: Collected, name: str, lines: Sequence[Line]) -> Picture:
   """Density of the tokens, and the mean in bins of equally many."""
   texts, ratio = collected.texts, 100 * collected.ratio
   title, label = MEASURES[name]
@@ -91,7 +92,7 @@ def _curve(collected: Collected, name: str, lines: list[Line]) -> Picture:
   axes.plot(at, y[:, 0], color=style.STUDENT, marker="o", markersize=4, zorder=4)
   decades = range(math.ceil(low), math.floor(high) + 1)
   ticks = [d for d in decades if (d - decades[0]) % max(1, len(decades) // 5) == 0]
-  axes.set_xticks(ticks, [f"≤{10.0**d:g}" if 10.0**d <= _FLOOR else f"{10.0**d:g}" for d in ticks])
+  axes.set_xticks(ticks, [("≤" if 10.0**d <= 1.01 * _FLOOR else "") + power_of_ten(d) for d in ticks])
   axes.set_xlim(low, high)
   axes.set_ylim(-half, 100 + half)
   axes.set_xlabel(label)
@@ -103,7 +104,7 @@ def _curve(collected: Collected, name: str, lines: list[Line]) -> Picture:
   ]  # fmt: skip
   line = next(line for line in lines if line.measure == name and line.among == "all")
   caption = (
-    f"Line: mean of r_ZE in {count} bins of equally many answer tokens, with 95 % intervals; shade: where the tokens lie. "
+    f"Line: mean of r_ZE in {count} bins of equally many answer tokens, with 95 % intervals; shade: where tokens lie. "
     f"From {percent(values[0].value / 100)} in the lowest bin to {percent(values[-1].value / 100)} in the highest. "
     f"Spearman {signed(line.spearman)}: {line.verdict}."
   )
@@ -112,10 +113,10 @@ def _curve(collected: Collected, name: str, lines: list[Line]) -> Picture:
 
 def signed(value: Correlation) -> str:
   """A coefficient with its interval."""
-  return f"{value.value:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
+  return minus(f"{value.value:+.2f} [{value.low:+.2f}, {value.high:+.2f}]")
 
 
-def _forest(lines: list[Line]) -> Picture:
+def _forest(lines: Sequence[Line]) -> Picture:
   among = list(dict.fromkeys(line.among for line in lines))
   measures = list(dict.fromkeys(line.measure for line in lines))
   figure, (axes,) = style.new_figure(5.0, 1.1 + 0.45 * len(among))
@@ -131,9 +132,7 @@ def _forest(lines: list[Line]) -> Picture:
   axes.set_yticks(range(len(among)), among)
   axes.set_ylim(len(among) - 0.5, -0.5)
   axes.set_xlabel("Spearman correlation with r_ZE")
-  axes.legend(
-    loc="lower left", bbox_to_anchor=(-0.12, 1.0), ncols=3, borderaxespad=0.2, columnspacing=1.0, handletextpad=0.2
-  )
+  style.legend_above(axes)
   rows = [
     {
       "measure": line.measure,
@@ -146,8 +145,8 @@ def _forest(lines: list[Line]) -> Picture:
     for line in lines
   ]
   caption = (
-    "Over the passes that predict the answer, with 95 % intervals of a bootstrap over texts. “Within families” compares "
-    "tokens of the same family only, so that it says nothing about differences between families."
+    "Over the passes that predict the answer, with 95 % intervals of a bootstrap over texts. “Within families” "
+    "compares tokens of the same family only, and says nothing about differences between families."
     if "within families" in among
     else "Over the passes that predict the answer, with 95 % intervals of a bootstrap over texts."
   )
