@@ -40,7 +40,6 @@ def run(command: str, args: list[str]) -> int:
   name = flags.name or _name(subject)
   report = reports.gather(collected, flags.workdir, main, flags.bench, name)
   files = reports.write(report, out)
-  reports.write_summary(report, out)
   for line in (f"report: {files[0]}", f"figures: {out}/*.png and *.csv", f"numbers: {out / 'data'}"):
     console.print(line, highlight=False, soft_wrap=True)
   return 0

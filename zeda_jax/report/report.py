@@ -91,7 +91,8 @@ def write(report: Report, directory: pathlib.Path) -> list[pathlib.Path]:
     examples = [example for section in sections for example in section.examples]
     files.append(_write(directory / "coloured-tokens.csv", to_csv(coloured.as_rows(examples))))
     page = render(title, _lead(report), tiles, sections)
-  return [_write(directory / PAGE, page.encode()), *files]
+  write_json(directory / "report.json", _summary(report))
+  return [_write(directory / PAGE, page.encode()), directory / "report.json", *files]
 
 
 def _write(file: pathlib.Path, content: bytes) -> pathlib.Path:
@@ -227,24 +228,31 @@ def _facts(report: Report) -> list[tuple[str, str]]:
   return facts if settings["teacher"] else [fact for fact in facts if fact[0] != "gap"]
 
 
-def write_summary(report: Report, directory: pathlib.Path) -> pathlib.Path:
-  """report.json: the headline numbers, for programs."""
+def _summary(report: Report) -> dict[str, Any]:
+  """The headline numbers, for programs."""
   points = quality.dial_points(report.collected.dial)
-  value = {
-    "dial": [
-      {"zero_expert_bias": f"{p.bias:g}", "r_ze_response": p.ratio, "r_ze_all": p.ratio_all,
-       "accuracy": None if math.isnan(p.accuracy) else p.accuracy}
-      for p in points
-    ],
-    "dial_is_monotone": quality.is_monotone(points),
-    "correlations": [
-      {"measure": line.measure, "among": line.among, "sign": line.verdict,
-       "spearman": list(line.spearman[:3]), "pearson": list(line.pearson[:3])}
-      for line in report.correlations
-    ],
-  }  # fmt: skip
-  write_json(directory / "report.json", value)
-  return directory / "report.json"
+  dial = [
+    {
+      "zero_expert_bias": f"{p.bias:g}",
+      "r_ze_response": p.ratio,
+      "r_ze_all": p.ratio_all,
+      "accuracy": _finite(p.accuracy),
+      "forward_kl": _finite(p.kl[0]),
+    }
+    for p in points
+  ]
+  correlations = [
+    {
+      "measure": line.measure,
+      "among": line.among,
+      "sign": line.verdict,
+      "spearman": list(map(_finite, line.spearman[:3])),
+      "pearson": list(map(_finite, line.pearson[:3])),
+    }
+    for line in report.correlations
+  ]
+  return {"dial": dial, "dial_is_monotone": quality.is_monotone(points), "correlations": correlations}
 
 
-__all__ = ["PAGE", "Picture", "Report", "gather", "write", "write_summary"]
+def _finite(value: float) -> float | None:
+  return float(value) if math.isfinite(value) else None

@@ -38,7 +38,7 @@ def training_pictures(stages: dict[str, list[Row]], targets: dict[str, float]) -
   if not stages:
     return []
   pictures = [_loss_picture(stages), _ratio_picture(stages, targets)]
-  if any("zero_ratio/layer_01" in row for rows in stages.values() for row in rows):
+  if len(_layer_names(stages)) > 1:
     pictures.append(_layer_picture(stages))
   return pictures
 
@@ -123,10 +123,14 @@ def _ratio_picture(stages: dict[str, list[Row]], targets: dict[str, float]) -> P
   return Picture("training-ratio", "Training: skipped work", caption, figure, table)
 
 
+def _layer_names(stages: dict[str, list[Row]]) -> list[str]:
+  every = {name for rows in stages.values() for row in rows for name in row}
+  return sorted(name for name in every if name.startswith("zero_ratio/layer_"))
+
+
 def _layer_picture(stages: dict[str, list[Row]]) -> Picture:
   figure, (axes,) = style.new_figure()
-  every = {name for rows in stages.values() for row in rows for name in row}
-  names = sorted(name for name in every if name.startswith("zero_ratio/layer_"))
+  names = _layer_names(stages)
   colors = style.DEPTH
   for place, name in enumerate(names):
     color = colors(place / max(len(names) - 1, 1))

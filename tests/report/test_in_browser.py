@@ -1,0 +1,52 @@
+"""The page in a real browser: light and dark, on a desk and on a phone."""
+
+import matplotlib.image
+import pytest
+
+from tests.report import browser, synthetic
+from zeda_jax.report import report as reports
+
+CHROME = browser.find()
+pytestmark = pytest.mark.skipif(CHROME is None, reason="no Chromium or Chrome on PATH or in $CHROME")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("page")
+  workdir = synthetic.write_workdir(folder / "run")
+  (folder / "report").mkdir()
+  report = reports.gather(synthetic.collected(), workdir, workdir, None, "a model")
+  return reports.write(report, folder / "report")[0]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_page(page, tmp_path, width, dark):
+  seen = browser.look(CHROME, page, tmp_path, width, dark)
+  report = seen.report
+  assert not seen.console
+  assert not report["problems"]
+  assert not report["requests"]
+  assert report["viewport"] == width
+  assert report["width"] == width, report["wide"]
+  assert not report["wide"]
+  assert report["dark"] == dark
+  expected = {False: ("rgb(246, 247, 249)", "rgb(26, 33, 41)"), True: ("rgb(15, 19, 24)", "rgb(232, 235, 240)")}
+  assert (report["background"], report["color"]) == expected[dark]
+  assert report["smallest"] >= 8  # pixels: figures stay readable on a phone
+  assert min(report["sizes"]) >= (300 if width < 600 else 320)
+
+
+def test_figures_take_the_colours_of_the_theme(page, tmp_path):
+  ink = {dark: browser.look(CHROME, page, tmp_path, 800, dark).report["ink"] for dark in (False, True)}
+  assert ink[False] != ink[True]
+
+
+def test_what_is_seen(page, tmp_path):
+  """Most of a light page is bright and most of a dark one is not."""
+  brightness = {}
+  for dark in (False, True):
+    browser.screenshot(CHROME, page, tmp_path / f"{dark}.png", tmp_path, dark)
+    brightness[dark] = float(matplotlib.image.imread(tmp_path / f"{dark}.png")[..., :3].mean())
+  assert brightness[False] > 0.85
+  assert brightness[True] < 0.25
