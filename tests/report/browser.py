@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -63,13 +64,12 @@ def look(browser: str, page: pathlib.Path, scratch: pathlib.Path, width: int, da
   done = subprocess.run([browser, *flags, "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=120)
   found = re.search(r'data-report="([^"]*)"', done.stdout)
   assert found, done.stderr[-2000:]
-  from urllib.parse import unquote
-
   console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
   return Seen(json.loads(unquote(found.group(1))), console)
 
 
 def screenshot(browser: str, page: pathlib.Path, file: pathlib.Path, scratch: pathlib.Path, dark: bool) -> None:
   flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,2400"]
-  flags += [f"--user-data-dir={scratch / 'profile'}", *(["--force-dark-mode"] if dark else [])]
+  flags += [f"--user-data-dir={scratch / 'profile'}"]
+  flags += ["--force-dark-mode"] * dark
   subprocess.run([browser, *flags, f"--screenshot={file}", page.as_uri()], check=True, capture_output=True, timeout=120)
