@@ -15,28 +15,9 @@ from zeda_jax.report import report as reports
 from zeda_jax.report import speed, tables
 from zeda_jax.report.style import PALETTE
 
-BENCH = "stage,length,zero_ratio,speedup,theory\nprefill,1024,0.48,1.21,1.39\ndecode,1024,0.5,1.3,1.44\n"
 
-
-def make(directory, collected, workdir=None, bench=None):
-  report = reports.gather(collected, workdir, workdir, bench, "a <model>")
-  return reports.write(report, directory)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-  """(directory, collected) of a report of a workdir with everything there can be."""
-  folder = tmp_path_factory.mktemp("whole")
-  workdir = synthetic.write_workdir(folder / "run")
-  task = {"title": "GSM8K", "num_problems": 100, "num_samples": 1, "mean": 0.9, "standard_error": 0.03, "length": 120.0,
-          "pass_at": {"1": 0.9}, "zero_ratio": {"response": 0.5, "token": 0.51, "all": 0.52}}  # fmt: skip
-  (workdir / "evaluate-student").mkdir()
-  (workdir / "evaluate-student" / "results.json").write_text(json.dumps({"tasks": {"gsm8k": task}, "average": task}))
-  (folder / "model.csv").write_text(BENCH)
-  (folder / "report").mkdir()
-  collected = synthetic.collected()
-  make(folder / "report", collected, workdir, folder / "model.csv")
-  return folder / "report", collected
+def make(directory, collected):
+  return reports.write(reports.gather(collected, None, None, None, "a model"), directory)
 
 
 class Reader(html.parser.HTMLParser):
@@ -181,9 +162,9 @@ def test_kinds(whole):
   texts, kinds = collected.texts, collected.kinds
   found = {(r["tokens"], r["kind"]): float(r["r_ze"]) for r in rows(directory, "token-kinds")}
   predicted = np.flatnonzero(texts.in_response & np.append(kinds[1:] == 2, False))
-  assert found["answer tokens predicted", "digits"] == pytest.approx(collected.ratio[predicted].mean())
+  assert found["answer predicted", "digits"] == pytest.approx(collected.ratio[predicted].mean())
   read = texts.is_pass & (texts.position < np.repeat(texts.prompt_lengths, texts.lengths) - 1) & (kinds == 2)
-  assert found["prompt tokens read", "digits"] == pytest.approx(collected.ratio[read].mean())
+  assert found["prompt read", "digits"] == pytest.approx(collected.ratio[read].mean())
 
 
 def test_load(whole):

@@ -55,7 +55,7 @@ def minus(text: str) -> str:
 
 
 def power_of_ten(exponent: int) -> str:
-  """0.001 .. 100 as they are, others as 10 to a power."""
-  if -4 < exponent < 4:
+  """0.01 .. 100 as they are, others as 10 to a power."""
+  if -3 < exponent < 3:
     return f"{10.0**exponent:g}"
   return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -68,7 +68,7 @@ def quality_picture(models: Sequence[Model], points: Sequence[DialPoint]) -> Pic
   line = [p for p in points if math.isfinite(p.accuracy)]
   if not graded and not line:
     return None
-  figure, (axes,) = style.new_figure(8.4, 4.4)
+  figure, (axes,) = style.new_figure(7.0, 4.0)
   values = [100 * m.row["average"] for m in graded] + [100 * p.accuracy for p in line]
   bottom = _bottom(values)
   top = max(values)

@@ -39,7 +39,7 @@ def _position_picture(collected: Collected) -> Picture:
     ratio, answer_share = picks / (tokens * top_k), answers / tokens
   shown = int(np.flatnonzero(tokens >= _FEWEST_TOKENS).max(initial=0)) + 1
   layers = moe_layers(collected)
-  figure = Figure(figsize=(8.6, 1.7 + min(0.32 * len(layers), 3.0)), layout="constrained")
+  figure = Figure(figsize=(7.4, 1.7 + min(0.32 * len(layers), 3.0)), layout="constrained")
   heights = [max(len(layers), 3), 0.5 if len(layers) < 12 else 1.5]
   axes, strip = figure.subplots(2, 1, sharex=True, height_ratios=heights)
   edges = (-0.5, shown * width - 0.5, len(layers) - 0.5, -0.5)
@@ -123,16 +123,16 @@ def kinds_picture(collected: Collected) -> Picture:
   texts, kinds, ratio = collected.texts, collected.kinds.astype(int), collected.ratio
   following = np.append(kinds[1:], 0)
   cases = (
-    ("prompt tokens read", kinds, texts.is_pass & ~texts.in_response, style.GREY),
-    ("answer tokens read", kinds, _answer_read(collected), style.STUDENT),
-    ("answer tokens predicted", following, texts.in_response, style.GREEN),
+    ("prompt read", kinds, texts.is_pass & ~texts.in_response, style.GREY),
+    ("answer read", kinds, _answer_read(collected), style.STUDENT),
+    ("answer predicted", following, texts.in_response, style.GREEN),
   )
   found = {
     label: (means(ratio, texts.text, cell, len(KINDS), mask=mask), np.bincount(cell[mask], minlength=len(KINDS)), color)
     for label, cell, mask, color in cases
   }
   shown = [k for k in range(len(KINDS)) if any(counts[k] >= _FEWEST_TOKENS for _, counts, _ in found.values())]
-  figure, (axes,) = style.new_figure(5.0, 0.9 + 0.42 * len(shown))
+  figure, (axes,) = style.new_figure(4.4, 1.1 + 0.3 * max(len(shown), 6))
   rows = []
   for number, (label, (values, counts, color)) in enumerate(found.items()):
     enough = [(line, k) for line, k in enumerate(shown) if counts[k] >= _FEWEST_TOKENS]
@@ -183,7 +183,7 @@ def relative_loads(collected: Collected) -> tuple[np.ndarray, np.ndarray]:
 
 def _load_picture(collected: Collected, before: np.ndarray, after: np.ndarray) -> Picture:
   order = np.argsort(-before, axis=1)  # each layer's busiest expert first
-  figure = Figure(figsize=(7.6, 1.6 + min(0.3 * len(before), 2.6)), layout="constrained")
+  figure = Figure(figsize=(7.0, 1.6 + min(0.3 * len(before), 2.6)), layout="constrained")
   axes = figure.subplots(1, 2, sharey=True)
   highest = float(max(np.quantile(before, 0.995), np.quantile(after, 0.995), 1.5))
   norm = matplotlib.colors.TwoSlopeNorm(1, 0, highest)

@@ -80,7 +80,7 @@ def style() -> Iterator[None]:
     yield
 
 
-def new_figure(width: float = 5.0, height: float = 3.4, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def new_figure(width: float = 4.4, height: float = 3.1, columns: int = 1) -> tuple[Figure, list[Axes]]:
   """A figure without a window; sizes in inches, of which a page shows about 70 pixels each."""
   figure = Figure(figsize=(width, height), layout="constrained")
   axes = figure.subplots(1, columns, squeeze=False)[0]

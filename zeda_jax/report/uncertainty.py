@@ -16,7 +16,7 @@ _FLOOR = 1e-7  # nats; smaller values are drawn there
 _FEWEST_TEXTS = 10  # of a family that has a line of its own
 MEASURES = {
   "entropy": ("student entropy", "entropy of the student (nats)"),
-  "gap": ("teacher–student gap", "|log π_teacher − log π_student| of the next token (nats)"),
+  "gap": ("teacher–student gap", "|log π_teacher − log π_student| (nats)"),
   "reverse_kl": ("KL to the teacher", "KL(student ‖ teacher) (nats)"),
 }
 
@@ -119,7 +119,7 @@ def signed(value: Correlation) -> str:
 def _forest(lines: Sequence[Line]) -> Picture:
   among = list(dict.fromkeys(line.among for line in lines))
   measures = list(dict.fromkeys(line.measure for line in lines))
-  figure, (axes,) = style.new_figure(5.0, 1.1 + 0.45 * len(among))
+  figure, (axes,) = style.new_figure(4.4, max(3.1, 1.1 + 0.36 * len(among)))
   for number, (measure, color) in enumerate(zip(measures, (style.STUDENT, style.BASELINE, style.PURPLE), strict=False)):
     mine = [line for line in lines if line.measure == measure]
     at = [among.index(line.among) + (number - (len(measures) - 1) / 2) * 0.24 for line in mine]
