@@ -17,11 +17,12 @@ const problems = [];
 addEventListener('error', e => problems.push(e.message || 'failed: ' + (e.target.src || e.target.href)), true);
 addEventListener('securitypolicyviolation', e => problems.push('blocked: ' + e.blockedURI));
 addEventListener('load', () => {
+  const room = document.documentElement.clientWidth;  // less a scroll bar
   const wide = [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll, .plot')
-    && e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(e => e.tagName + '.' + e.className);
+    && e.getBoundingClientRect().right > room + 1).map(e => e.tagName + '.' + e.className);
   const texts = [...document.querySelectorAll('figure svg text')].map(e => e.getBoundingClientRect().height);
   const report = {
-    problems, wide, width: document.documentElement.scrollWidth, viewport: innerWidth, room: document.documentElement.clientWidth,
+    problems, wide, width: document.documentElement.scrollWidth, viewport: innerWidth, room,
     dark: matchMedia('(prefers-color-scheme: dark)').matches,
     background: getComputedStyle(document.body).backgroundColor, color: getComputedStyle(document.body).color,
     ink: getComputedStyle(document.querySelector('figure svg text')).fill,

@@ -15,7 +15,7 @@ def page(whole):
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("width", [375, 1280])
 def test_page(page, tmp_path, width, dark):
   seen = browser.look(CHROME, page, tmp_path, width, dark)
   report = seen.report

@@ -21,7 +21,8 @@ class TokenKinds:
 
   def __init__(self, tokenizer: Any):
     self._tokenizer = tokenizer
-    self._special = frozenset(tokenizer.all_special_ids)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    self._special = frozenset(tokenizer.all_special_ids) | {token for token, text in added.items() if text.special}
     self._text = functools.lru_cache(maxsize=2**18)(self._decode)
 
   def _decode(self, token: int) -> str:

@@ -19,7 +19,7 @@ COMMANDS = {
   "opd": ("adapt", "adapt, up to on-policy distillation"),
   "export": ("adapt", "adapt, up to the exported Hugging Face directory"),
   "plan": ("plan", "whether a stage fits a TPU slice, and about how fast it can be"),
-  "report": ("report", "figures and numbers of an adapted model as one page: what it skips, where, at what price"),
+  "report": ("report", "a page on an adapted model: what it skips, where, at what price"),
   "inject": ("inject", "add zero experts to a Hugging Face directory, untrained"),
   "generate": ("generate", "answer prompts with a static or dynamic checkpoint"),
   "bench": ("bench", "speed of the grouped matmul and of the MoE layer on this machine"),

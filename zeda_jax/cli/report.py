@@ -1,4 +1,4 @@
-"""`zeda report`: one page on what an adapted model skips, where and at what price, with every figure as PNG and CSV."""
+"""`zeda report`: one page on what an adapted model skips, where and at what price."""
 
 import argparse
 import pathlib
@@ -7,11 +7,10 @@ from typing import Any
 
 from zeda_jax.errors import ZedaError
 
-_EPILOG = """zeda report WORKDIR                                          of a finished `zeda adapt` or `zeda demo`
-zeda report --teacher=DIR --student=DIR --prompts=FILE --out=DIR   of any two checkpoints (one: no --teacher)
-
-Numbers are measured once and kept in OUT/data; run again, it draws from them, and goes on where it was killed.
-Prompts with labels are graded at every point of the dial; those without are compared by KL to the teacher."""
+_USAGE = """zeda report WORKDIR
+       zeda report --teacher=DIR --student=DIR --prompts=FILE --out=DIR     (no teacher: no gap)"""
+_EPILOG = """Numbers are measured once and kept in OUT/data; the same command again draws from them, or goes on.
+Labelled prompts are graded at every point of the dial; others are compared by KL to the teacher."""
 
 
 def run(command: str, args: list[str]) -> int:
@@ -47,31 +46,35 @@ def run(command: str, args: list[str]) -> int:
 
 def _parser(command: str) -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog=f"zeda {command}", description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    prog=f"zeda {command}",
+    usage=_USAGE,
+    description=__doc__,
+    epilog=_EPILOG,
+    formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=24, width=100),
   )
-  path = pathlib.Path
-  parser.add_argument("workdir", nargs="?", type=path, help="of zeda adapt or zeda demo")
-  parser.add_argument("--student", type=path, help="dynamic checkpoint, in place of a workdir")
-  parser.add_argument("--teacher", type=path, help="static checkpoint (default: the workdir's)")
-  parser.add_argument("--prompts", type=path, help="JSONL or array_record (default: the workdir's held-out ones)")
-  parser.add_argument("--out", type=path, help="directory of the report (default: WORKDIR/report)")
-  parser.add_argument("--name", help="of the model, for the title")
-  parser.add_argument("--bench", type=path, help="CSV of `zeda bench model --output=DIR`: measured beside theory")
-  parser.add_argument("--biases", help="points of the dial, such as --biases=-inf,-1,0,1 (default: found)")
-  parser.add_argument("--num-prompts", type=int, default=0, help="at most so many (default: all)")
-  parser.add_argument("--num-tokens", type=int, default=2**18, help="measured one by one (default: %(default)s)")
-  parser.add_argument("--examples", type=int, default=9, help="responses shown token by token (default: %(default)s)")
+  add, path = parser.add_argument, pathlib.Path
+  add("workdir", nargs="?", type=path, metavar="WORKDIR", help="of a finished zeda adapt or zeda demo")
+  add("--student", type=path, metavar="DIR", help="dynamic checkpoint, in place of a workdir")
+  add("--teacher", type=path, metavar="DIR", help="static checkpoint (default: the workdir's)")
+  add("--prompts", type=path, metavar="FILE", help="JSONL or array_record (default: the held-out ones)")
+  add("--out", type=path, metavar="DIR", help="directory of the report (default: WORKDIR/report)")
+  add("--name", help="of the model, for the title")
+  add("--bench", type=path, metavar="FILE", help="CSV of `zeda bench model --output=DIR`")
+  add("--biases", metavar="LIST", help="of the dial, such as --biases=-inf,-1,0,1 (default: searched for)")
+  add("--num-prompts", type=int, default=0, metavar="N", help="at most so many (default: all)")
+  add("--num-tokens", type=int, default=2**18, metavar="N", help="measured one by one (default: 262144)")
+  add("--examples", type=int, default=9, metavar="N", help="responses shown (default: 9)")
   # None: as the workdir's evaluation did, or the paper's protocol.
-  parser.add_argument("--max-new-tokens", type=int, help="default: as the workdir's evaluation, or 2048")
-  parser.add_argument("--temperature", type=float, help="likewise, or 0.6")
-  parser.add_argument("--top-p", type=float, help="likewise, or 0.95")
-  parser.add_argument("--top-k", type=int, help="likewise, or 20")
-  parser.add_argument("--seed", type=int, help="likewise, or 0")
-  parser.add_argument("--batch-size", type=int, help="likewise, or 64")
-  parser.add_argument("--grader", help="exact or number; likewise, or exact")
-  parser.add_argument("--dtype", help="of parameters and activations (default: as on disk)")
-  parser.add_argument("--expert-devices", type=int, default=0, help="devices over which the experts are spread")
-  parser.add_argument("--overwrite", action="store_true", help="measure again in a directory that has a report")
+  add("--max-new-tokens", type=int, metavar="N", help="default: as the workdir's evaluation; else 2048")
+  add("--temperature", type=float, metavar="T", help="likewise; else 0.6")
+  add("--top-p", type=float, metavar="P", help="likewise; else 0.95")
+  add("--top-k", type=int, metavar="K", help="likewise; else 20")
+  add("--seed", type=int, metavar="S", help="likewise; else 0")
+  add("--batch-size", type=int, metavar="B", help="likewise; else 64")
+  add("--grader", help="exact or number; likewise; else exact")
+  add("--dtype", help="of parameters and activations (default: as on disk)")
+  add("--expert-devices", type=int, default=0, metavar="N", help="over which the experts are spread")
+  add("--overwrite", action="store_true", help="measure again in a directory that has a report")
   return parser
 
 

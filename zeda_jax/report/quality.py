@@ -80,7 +80,8 @@ def quality_picture(models: Sequence[Model], points: Sequence[DialPoint]) -> Pic
   if teacher:
     level = 100 * teacher[0].row["average"]
     axes.axhline(level, color=style.INK, linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
-  axes.set_ylim(bottom - 0.09 * (top - bottom), top + 0.09 * (top - bottom))
+  margin = max(0.09 * (top - bottom), 0.1)
+  axes.set_ylim(bottom - margin, top + margin)
   axes.set_xlim(-4, max(80, *(100 * p.ratio for p in line), *(100 * m.row["skipped_response"] for m in graded)) + 4)
   axes.set_xlabel("expert picks skipped while answering, r_ZE (%)")
   axes.set_ylabel("accuracy, mean of families (%)")
