@@ -101,8 +101,9 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def evaluation_tables(workdir: pathlib.Path) -> list[tuple[str, Table]]:
-  """Results of `zeda evaluate` below the workdir: (whose, table) of every results.json in a directory evaluate*."""
-  files = sorted({*workdir.glob("evaluate*/results.json"), *workdir.glob("evaluate*/*/results.json")})
+  """Results of `zeda evaluate` below the workdir: (whose, table) of every results.json in evaluate*/ and evaluations/*/."""
+  patterns = ("evaluate*/results.json", "evaluate*/*/results.json", "evaluations/*/results.json")
+  files = sorted({file for pattern in patterns for file in workdir.glob(pattern)})
   return [(str(file.parent.relative_to(workdir)), _evaluation(read_json(file), file)) for file in files]
 
 
