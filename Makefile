@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-tpu-aot lint format clean
+.PHONY: help demo test test-slow test-tpu-aot docs lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -33,6 +33,10 @@ test-slow: $(VENV)/.installed-dev ## the tests marked slow: minutes of work or g
 
 test-tpu-aot: $(VENV)/.installed-dev $(VENV)/.installed-libtpu ## compile for TPUs on this machine, which needs none
 	$(BIN)/python -m pytest -m tpu_aot $(PYTEST_FLAGS)
+
+docs: $(VENV)/.installed-dev ## the site of docs/, in build/site
+	$(BIN)/python docs/config_reference.py
+	$(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.installed-dev ## ruff, mypy and shellcheck alone
 	$(BIN)/ruff check .

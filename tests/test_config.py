@@ -278,6 +278,18 @@ def test_dynamic_and_plain_formats(raw):
   assert to_hf(from_hf(dynamic), format="plain") == raw | {key: 192}
 
 
+def test_baselines_say_what_they_are():
+  config = from_hf(OLD).replace(num_zero_experts=64, zero_expert_type="copy", renormalize=True)
+  dynamic = to_hf(config)
+  assert (dynamic["zce_types"], dynamic["zce_renormalize"]) == (["copy"], True)
+  assert from_hf(dynamic) == config
+  for changes in ({"zero_expert_type": "zero"}, {"renormalize": False}):
+    with pytest.raises(ZedaError, match="which a static checkpoint cannot say"):
+      to_hf(config.replace(**changes), format="plain")
+  with pytest.raises(ZedaError, match="zero_expert_type is 'constant'; expected one of 'zero', 'copy'"):
+    config.replace(zero_expert_type="constant")
+
+
 def test_a_config_without_a_source_is_written_from_its_fields():
   config = from_hf(
     OLD | {"mlp_only_layers": [0], "attention_bias": True, "rope_scaling": YARN | {"rope_type": "yarn", "mscale": 0.5}}
@@ -315,7 +327,7 @@ BAD = {
   "sparse step": (OLD | {"decoder_sparse_step": 0}, "decoder_sparse_step is 0; expected a whole number"),
   "only dense layers": (OLD | {"mlp_only_layers": list(range(48))}, "leave no MoE layer"),
   "zero experts in a static model": (OLD | {"zce_nums": [64]}, r"zce_nums is \[64\] but model_type names a static"),
-  "copy experts": (DYNAMIC | {"zce_types": ["copy"]}, r"zce_types is \['copy'\]; only \[\"zero\"\]"),
+  "constant experts": (DYNAMIC | {"zce_types": ["constant"]}, r"zce_types is \['constant'\]; supported are"),
   "no zero experts": (DYNAMIC | {"zce_nums": [0]}, r"zce_nums is \[0\]; expected a list of one positive"),
   "glm without experts": (glm_without("n_routed_experts"), "n_routed_experts or num_local_experts is missing"),
   "glm without latents": (glm_without("kv_lora_rank"), "kv_lora_rank is missing; it is needed to read a glm4_moe_lite"),

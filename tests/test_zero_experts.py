@@ -10,6 +10,7 @@ import pytest
 import zeda_jax
 from zeda_jax.errors import ZedaError
 from zeda_jax.zero_experts import (
+  adamoe_balance_loss,
   choice_scores,
   expert_balance_loss,
   group_balance_loss,
@@ -123,6 +124,7 @@ def test_gradient_flows_through_the_scores_only():
 LOSSES = {
   "group": lambda scores, picks, mask: group_balance_loss(scores, picks, N, mask=mask),
   "expert": lambda scores, picks, mask: expert_balance_loss(scores, picks, mask=mask),
+  "adamoe": lambda scores, picks, mask: adamoe_balance_loss(scores, picks, N, mask=mask),
 }
 
 
@@ -167,6 +169,21 @@ def test_expert_loss_equals_numpy():
   np.testing.assert_allclose(expert_balance_loss(even, picks, 0.3), 0.3, rtol=1e-6)
 
 
+def test_adamoe_loss_shares_the_load_of_zero_experts():
+  scores = random_scores()
+  picks = best(scores)
+  mask = np.arange(T) % 4 > 0
+  loads = [(picks[mask] == e).sum() / mask.sum() for e in range(N)]
+  loads += [(picks[mask] >= N).sum() / mask.sum() / NZ] * NZ
+  expected = sum(load * scores[mask, e].astype(float).mean() for e, load in enumerate(loads))
+  expected *= 0.3 * (N + NZ) / K
+  np.testing.assert_allclose(adamoe_balance_loss(scores, picks, N, 0.3, mask), expected, rtol=1e-5)
+  # Which of the zero experts is picked does not matter, as it does for L_A.
+  moved = np.where(picks >= N, N, picks)
+  np.testing.assert_allclose(adamoe_balance_loss(scores, moved, N, 0.3, mask), expected, rtol=1e-5)
+  assert abs(expert_balance_loss(scores, moved, 0.3, mask) - expert_balance_loss(scores, picks, 0.3, mask)) > 1e-3
+
+
 # --- routing ------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +211,25 @@ def test_routing_equals_numpy(normalize, execute, beta):
   assert found.picks.dtype == jnp.int32
   if beta in (0.5, 1.0) or execute == 1:
     assert (expected_picks == N + NZ).any()  # something was dropped
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_renormalised_survivors_have_the_weight_of_all(normalize):
+  scores = np.concatenate([random_scores(tokens=200), np.full((1, N + NZ), 0.05, np.float32)])
+  scores[-1, N:] = 0.2  # no survivor among the best three
+  plain = route(jnp.asarray(scores), 3, N, normalize=normalize)
+  found = route(jnp.asarray(scores), 3, N, normalize=normalize, renormalize=True)
+  np.testing.assert_array_equal(found.picks, plain.picks)
+  normal = np.asarray(plain.picks) < N
+  weights = np.where(normal, plain.weights, 0.0)
+  total, left = np.asarray(plain.weights).sum(axis=1, keepdims=True), weights.sum(axis=1, keepdims=True)
+  np.testing.assert_allclose(np.where(normal, found.weights, 0.0), weights * total / np.maximum(left, 1e-9), rtol=1e-5)
+  assert normal.all(axis=1).any() and (~normal).all(axis=1).any()
+
+  def weights_of(scores):
+    return (route(scores, 3, N, normalize=normalize, renormalize=True).weights ** 2).sum()
+
+  assert np.isfinite(jax.grad(weights_of)(jnp.asarray(scores))).all()
 
 
 def sigmoid(x):

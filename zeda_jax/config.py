@@ -18,6 +18,9 @@ __all__ = ["LayerRun", "MLAConfig", "ModelConfig", "RopeConfig", "from_hf", "rea
 # know zero experts refuses them instead of reading a router that is too wide.
 DYNAMIC_SUFFIX = "_plus_plus"
 
+# What a pick beyond the N normal experts gives: nothing, or (MoE++, a baseline) the token's own hidden state.
+ZERO_EXPERT_TYPES = ("zero", "copy")
+
 # What the backward pass computes again instead of keeping it from the forward pass, from fast to small:
 #   none    nothing
 #   dots    all but the results of dense products (projections, router) and of attention; experts are recomputed
@@ -90,7 +93,9 @@ class ModelConfig:
   scan_unroll: int = 1  # layers per iteration of the scan; small models run faster unrolled
   stack_layers: bool = True  # False: every layer is a run of its own, and its parameters arrays of their own
   sharding: "Sharding | None" = None  # over which devices the model is spread, and how; None means it is not
-  # Training-free baselines, as routing options (see zero_experts.route):
+  # Baselines, as routing options (see zero_experts.route); the first two are trained, the others need no training:
+  zero_expert_type: str = "zero"  # of ZERO_EXPERT_TYPES
+  renormalize: bool = False  # the weights of the normal picks are scaled up to the sum of all K
   execute_top_k: int | None = None  # run only the best k of the K picks; weights stay normalised over all K
   skip_threshold: float = 0.0  # beta: drop picks whose probability is below beta x the best pick's, renormalise
   # Where the model came from; not part of its identity.
@@ -101,6 +106,9 @@ class ModelConfig:
   def __post_init__(self):
     if self.remat not in REMAT:
       raise ZedaError(f"remat is {self.remat!r}; expected one of {', '.join(map(repr, REMAT))}.")
+    if self.zero_expert_type not in ZERO_EXPERT_TYPES:
+      expected = ", ".join(map(repr, ZERO_EXPERT_TYPES))
+      raise ZedaError(f"zero_expert_type is {self.zero_expert_type!r}; expected one of {expected}.")
 
   @property
   def num_layers(self) -> int:
@@ -185,6 +193,8 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     num_experts=num_experts,
     num_experts_per_tok=top_k,
     num_zero_experts=zero_experts,
+    zero_expert_type=raw["zce_types"][0] if zero_experts else "zero",
+    renormalize=bool(raw.get("zce_renormalize", False)),
     rope=_rope(raw, where),
     attention_bias=bool(raw.get("attention_bias", False)),
     tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -207,8 +217,8 @@ def _zero_experts(raw: Mapping[str, Any], where: str, dynamic: bool) -> int:
     if nums:
       raise ZedaError(f"{where}: zce_nums is {nums!r} but model_type names a static model; expected {DYNAMIC_SUFFIX}.")
     return 0
-  if types != ["zero"]:
-    raise ZedaError(f'{where}: zce_types is {types!r}; only ["zero"] is supported.')
+  if types not in [[kind] for kind in ZERO_EXPERT_TYPES]:
+    raise ZedaError(f'{where}: zce_types is {types!r}; supported are ["zero"] and ["copy"].')
   if not (isinstance(nums, list) and len(nums) == 1 and isinstance(nums[0], int) and nums[0] > 0):
     raise ZedaError(f"{where}: zce_nums is {nums!r}; expected a list of one positive whole number.")
   return nums[0]
@@ -266,9 +276,12 @@ def to_hf(config: ModelConfig, format: str = "dynamic") -> dict[str, Any]:
       f"The model picks from {config.top_groups} of {config.num_groups} groups of experts (n_group), and its zero "
       "experts belong to none, which a static checkpoint cannot say: export the dynamic format."
     )
+  if format == "plain" and config.is_dynamic and (config.zero_expert_type != "zero" or config.renormalize):
+    what = "copy experts" if config.zero_expert_type == "copy" else "weights that are renormalised without zero experts"
+    raise ZedaError(f"The model has {what}, which a static checkpoint cannot say: export the dynamic format.")
   architecture = ARCHITECTURES[config.model_type]
   raw = dict(config.hf_config) or _fields_to_hf(config)
-  for key in ("zce_nums", "zce_types", "use_zce_mask"):
+  for key in ("zce_nums", "zce_types", "zce_renormalize", "use_zce_mask"):
     raw.pop(key, None)
   plain = config.is_dynamic and format == "plain"
   num_experts = config.num_experts + (config.num_zero_experts if plain else 0)
@@ -280,7 +293,8 @@ def to_hf(config: ModelConfig, format: str = "dynamic") -> dict[str, Any]:
       model_type=config.model_type + DYNAMIC_SUFFIX,
       architectures=[architecture.class_name(dynamic=True)],
       zce_nums=[config.num_zero_experts],
-      zce_types=["zero"],
+      zce_types=[config.zero_expert_type],
+      **({"zce_renormalize": True} if config.renormalize else {}),
       use_zce_mask=False,
     )
   return raw

@@ -26,6 +26,7 @@ from zeda_jax.sharding import Exchange
 
 __all__ = [
   "Routing",
+  "adamoe_balance_loss",
   "choice_scores",
   "expert_balance_loss",
   "group_balance_loss",
@@ -83,6 +84,7 @@ def route(
   top_groups: int = 1,
   normalize: bool = True,
   scaling: float = 1.0,
+  renormalize: bool = False,
   execute_top_k: int | None = None,
   skip_threshold: float = 0.0,
 ) -> Routing:
@@ -93,9 +95,12 @@ def route(
     top_k: K.
     num_experts: N; ids from N on are zero experts.
     correction: added to the scores for the choice of the picks only, so that no gradient reaches it.
-    num_groups, top_groups: see `choice_scores`.
+    num_groups: see `choice_scores`.
+    top_groups: see `choice_scores`.
     normalize: whether the weights of all K picks sum to 1 (before `scaling`).
     scaling: factor of all weights.
+    renormalize: scale the normal picks' weights up to the sum that all K have. The paper does not (Table 6: it costs
+      1.7 points).
     execute_top_k: run only the best k1 of the K picks, weights still normalised over all K (arXiv 2609.04575). The best
       are those that the router would choose if K were k1.
     skip_threshold: dynamic skipping; drop picks scoring below beta x the best pick and renormalise the rest.
@@ -116,6 +121,10 @@ def route(
   if normalize:
     # 1e-20 is for sigmoid scores that all underflow; it changes no bit of a sum that is not tiny.
     values = values / (values.sum(axis=-1, keepdims=True) + 1e-20)
+  if renormalize:
+    surviving = jnp.where(picks < num_experts, values, 0.0)
+    left = surviving.sum(axis=-1, keepdims=True)
+    values = surviving * (values.sum(axis=-1, keepdims=True) / jnp.where(left > 0, left, 1.0))  # none may survive
   if scaling != 1.0:
     values = values * scaling
   if execute_top_k is not None:
@@ -200,13 +209,37 @@ def expert_balance_loss(
 
   It pulls all E experts to equal load and so destroys the routing that post-training learnt (paper Table 10).
   """
+  f, p = _loads(scores, picks, mask)
+  return coefficient * scores.shape[-1] / picks.shape[-1] * (f * p).sum()
+
+
+def adamoe_balance_loss(
+  scores: Float[Array, "T E"],
+  picks: Int[Array, "T K"],
+  num_experts: int,
+  coefficient: float | Array = 0.1,
+  mask: Bool[Array, " T"] | None = None,
+) -> Float[Array, ""]:
+  """AdaMoE's balance loss, a baseline: L_A in which every zero expert counts with the mean load of all of them.
+
+  Source: "AdaMoE: Token-Adaptive Routing with Null Experts", arXiv 2406.13233, section 3.
+  """
+  f, p = _loads(scores, picks, mask)
+  is_normal = jnp.arange(f.shape[0]) < num_experts
+  f = jnp.where(is_normal, f, f[num_experts:].mean())
+  return coefficient * scores.shape[-1] / picks.shape[-1] * (f * p).sum()
+
+
+def _loads(
+  scores: Float[Array, "T E"], picks: Int[Array, "T K"], mask: Bool[Array, " T"] | None
+) -> tuple[Float[Array, " E"], Float[Array, " E"]]:
+  """(picks per token, mean score) of every expert, over the tokens that count."""
   num_all = scores.shape[-1]
   mask, num_tokens = _token_mask(mask, scores.shape[0])
-  # counts[i] = how often expert i was picked: the sum over (token, slot) of one_hot(picks).
+  # f[i] = how often expert i was picked: the sum over (token, slot) of one_hot(picks).
   ids = jnp.where(mask[:, None], picks, num_all).reshape(-1)
   f = jnp.bincount(ids, length=num_all + 1)[:num_all] / num_tokens
-  p = jnp.where(mask[:, None], scores, 0.0).sum(axis=0) / num_tokens
-  return coefficient * num_all / picks.shape[-1] * (f * p).sum()
+  return f, jnp.where(mask[:, None], scores, 0.0).sum(axis=0) / num_tokens
 
 
 def zero_expert_ratio(

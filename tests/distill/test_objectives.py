@@ -14,7 +14,7 @@ from zeda_jax.distill.objectives import BALANCE_TOKENS, LOSSES, Objective, aux_l
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import inject
 from zeda_jax.models.params import merge_model, split_model
-from zeda_jax.zero_experts import Routing, expert_balance_loss, group_balance_loss
+from zeda_jax.zero_experts import Routing, adamoe_balance_loss, expert_balance_loss, group_balance_loss
 
 
 def moved_student(teacher):
@@ -171,7 +171,7 @@ def test_there_may_be_nothing_to_balance(models):
 
 
 @pytest.mark.parametrize("tokens", BALANCE_TOKENS)
-@pytest.mark.parametrize("balance", ["group", "expert"])
+@pytest.mark.parametrize("balance", ["group", "expert", "adamoe"])
 def test_balance_losses_count_the_tokens_they_name(models, balance, tokens):
   student, _ = models
   rng = np.random.default_rng(0)
@@ -182,7 +182,11 @@ def test_balance_losses_count_the_tokens_they_name(models, balance, tokens):
   found = aux_loss(Objective(balance=balance, balance_tokens=tokens), student.config, BALANCE, response)(routing, live)
   counted = {"all": live, "response": response}[tokens]
   only = routing.scores[counted], routing.picks[counted]
-  expected = group_balance_loss(*only, 6, W, ALPHA) if balance == "group" else expert_balance_loss(*only, ALPHA)
+  expected = {
+    "group": lambda: group_balance_loss(*only, 6, W, ALPHA),
+    "expert": lambda: expert_balance_loss(*only, ALPHA),
+    "adamoe": lambda: adamoe_balance_loss(*only, 6, ALPHA),
+  }[balance]()
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 

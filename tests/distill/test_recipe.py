@@ -46,6 +46,14 @@ def test_the_defaults_are_valid():
     ("rollout__top_p", 1.5, "at most 1"),
     ("rollout__batch_size", 0, "at least 1"),
     ("rollout__shard_size", -5, "at least 1"),
+    ("rollout__engine", "vllm", "one of 'jax', 'openai'"),
+    ("rollout__engine", "openai", "config.rollout.url is empty"),
+    ("rollout__url", "localhost:8000", "expected one such as http://localhost:8000/v1"),
+    ("rollout__key_variable", "sk-123", "no name of an environment variable"),
+    ("rollout__concurrency", 0, "at least 1"),
+    ("rollout__retries", -1, "at least 0"),
+    ("rollout__timeout", 0.0, "at least 1"),
+    ("rollout__max_dropped", 1.5, "at most 1"),
     ("sft__epochs", -1, "at least 0"),
     ("sft__batch_size", 0, "at least 1"),
     ("sft__row_length", 1, "at least 2"),
@@ -55,7 +63,7 @@ def test_the_defaults_are_valid():
     ("remat", "full", "one of 'none', 'dots', 'layer'"),
     ("sft__loss", "kl", "one of 'cross_entropy', 'forward_kl'"),
     ("sft__trainable", "routers", "one of 'all', 'router', 'router+norms'"),
-    ("sft__balance", "expertise", "one of 'group', 'expert', 'none'"),
+    ("sft__balance", "expertise", "one of 'group', 'expert', 'adamoe', 'none'"),
     ("sft__optimizer__schedule", "cosin", "one of 'cosine', 'constant', 'linear'"),
     ("sft__optimizer__learning_rate", -1e-3, "at least 0"),
     ("sft__optimizer__learning_rate", math.inf, "a finite number"),
@@ -200,3 +208,17 @@ def test_a_damaged_recipe_is_told(tmp_path):
   (tmp_path / "recipe.json").write_text("{")
   with pytest.raises(ZedaError, match=r"recipe\.json is not valid JSON"):
     claim_workdir(config_with(tmp_path), CONTENTS)
+
+
+def test_a_setting_that_is_new_had_its_default(tmp_path):
+  config = config_with(teacher="t", prompts="p", workdir=str(tmp_path / "run"))
+  contents = {"teacher": "1", "prompts": "2"}
+  file = claim_workdir(config, contents) / "recipe.json"
+  settings = json.loads(file.read_text())
+  del settings["student.renormalize"]
+  file.write_text(json.dumps(settings))
+  claim_workdir(config, contents)
+  with pytest.raises(ZedaError, match=r"was begun with config.student.renormalize=False, now it is True"):
+    claim_workdir(
+      config_with(teacher="t", prompts="p", workdir=str(tmp_path / "run"), student__renormalize=True), contents
+    )

@@ -143,6 +143,17 @@ def test_the_router_works_in_fp32_on_bf16_activations():
   np.testing.assert_allclose(router(x).scores, expected, rtol=1e-5)
 
 
+def test_copy_experts_add_the_token_itself():
+  layers = [MoELayer(tiny_config(num_zero_experts=3, zero_expert_type=kind), nnx.Rngs(0)) for kind in ("zero", "copy")]
+  x = np.random.default_rng(0).standard_normal((40, 32)).astype(np.float32)
+  (zero, routing), (copy, same) = (layer(x) for layer in layers)
+  np.testing.assert_array_equal(routing.picks, same.picks)
+  is_copy = np.asarray(routing.picks) >= 6
+  weight = np.where(is_copy, routing.weights, 0.0).sum(axis=1)
+  assert 0 < is_copy.mean() < 1
+  np.testing.assert_allclose(copy, zero + weight[:, None] * x, rtol=1e-5, atol=1e-6)
+
+
 # --- sigmoid routers, shared experts ------------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 """`zeda adapt` and its single stages."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 from zeda_jax.cli.config_flags import parse_config, take_process_flags
 
@@ -19,6 +21,7 @@ usage: zeda {command} --config=configs/tiny.py --config.teacher=DIR --config.pro
     --config.student.num_zero_experts=64 half the experts by default
     --config.sft.weight=3                share of zero picks, w N_Z / (N + w N_Z); opd.weight too
     --config.sft.trainable=router        all | router | router+norms; opd.trainable likewise
+    --config.rollout.engine=openai       jax | openai: from a server, --config.rollout.url=http://…
     --config.sft.loss=forward_kl         cross_entropy | forward_kl
     --config.opd.loss=reverse_kl         sampled | reverse_kl
     --config.evaluate.num_prompts=256    held out of the prompts, or --config.evaluate.prompts=FILE
@@ -43,18 +46,28 @@ def run(command: str, args: list[str]) -> int:
     return 0
   processes, args = take_process_flags(args)
   config = parse_config(command, args)
+
+  def recipe(console):
+    from zeda_jax.distill.adapt import adapt
+
+    adapt(config, console, until="evaluate" if command == "adapt" else command)
+
+  return run_recipe(command, processes, recipe)
+
+
+def run_recipe(command: str, processes: dict[str, Any], recipe: Callable[..., object]) -> int:
+  """Calls recipe(console) as one of several processes, if there are; being stopped after saving is no error."""
   # Imported late: `--help` and a wrong flag should not wait for JAX.
   from zeda_jax import distributed
 
   distributed.initialize(**processes)
   import rich.console
 
-  from zeda_jax.distill.adapt import adapt
   from zeda_jax.distill.trainer import StoppedEarly
 
   primary = distributed.is_primary()
   try:
-    adapt(config, rich.console.Console(quiet=not primary), until="evaluate" if command == "adapt" else command)
+    recipe(rich.console.Console(quiet=not primary))
   except StoppedEarly as stopped:
     if primary:
       print(f"zeda {command}: {stopped}")

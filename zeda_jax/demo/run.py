@@ -1,6 +1,5 @@
 """`zeda demo`: the real recipe on the embedded teacher, and every baseline beside it in one table."""
 
-import json
 import pathlib
 import time
 from collections.abc import Mapping
@@ -13,11 +12,10 @@ from zeda_jax.data.jsonl import write_jsonl
 from zeda_jax.demo import picture
 from zeda_jax.demo.families import Split, mixed_tasks
 from zeda_jax.distill import summary
-from zeda_jax.distill.adapt import Job, adapt, measure, open_job, rollout_files
+from zeda_jax.distill.adapt import Job, adapt, measure, open_job
+from zeda_jax.distill.compare import matched_skipping, trained_variant
 from zeda_jax.distill.recipe import default_config
-from zeda_jax.distill.stages import Stage, run_opd, run_sft
-from zeda_jax.evaluate.baselines import dynamic_skipping, halved, matched_threshold, truncated
-from zeda_jax.models.decoder import Decoder
+from zeda_jax.evaluate.baselines import halved, truncated
 
 TEACHER = pathlib.Path(__file__).parent / "teacher"
 
@@ -111,16 +109,7 @@ def _untrained_baselines(job: Job) -> None:
   half = job.model.num_experts_per_tok // 2
   measure(job, "truncated", lambda: truncated(job.teacher, half))
   measure(job, "halved", lambda: halved(job.teacher, half))
-  measure(job, "skipping", lambda: _matched_skipping(job))
-
-
-def _matched_skipping(job: Job) -> Decoder:
-  """Dynamic skipping with beta chosen so that it skips as much of the response as the trained student does."""
-  results = summary.results(job.workdir, ["student"])
-  responses = json.loads((job.workdir / "evaluate" / "teacher-responses.json").read_text())
-  prompts = job.held_out_tokens
-  ratio = results["student"]["skipped_response"]
-  return dynamic_skipping(job.teacher, matched_threshold(job.teacher, prompts[:960], responses[:960], ratio))
+  measure(job, "skipping", lambda: matched_skipping(job))
 
 
 def _trained_baselines(job: Job, workdir: pathlib.Path) -> None:
@@ -132,19 +121,4 @@ def _trained_baselines(job: Job, workdir: pathlib.Path) -> None:
     ("student-70", "w70", more),
     ("router", "router", router),
   ):
-    measure(job, name, lambda d=workdir / directory, c=changes: _trained_variant(job, d, c))  # type: ignore[misc]
-
-
-def _trained_variant(job: Job, directory: pathlib.Path, changes: Mapping[str, Any]) -> Decoder:
-  """The recipe's training with other settings, on the same teacher and rollouts."""
-  config = job.config.copy_and_resolve_references()
-  config.update_from_flattened_dict(dict(changes))
-  student = job.student(config.student)
-
-  def stage(name: str) -> Stage:
-    return Stage(name, job.teacher, config[name], directory / name, config.seed, job.console)
-
-  student = run_sft(stage("sft"), student, rollout_files(job))
-  if config.opd.steps:
-    student = run_opd(stage("opd"), student, job.train.tolist(), job.render, job.longest)
-  return student
+    measure(job, name, lambda d=workdir / directory, c=changes: trained_variant(job, d, c))  # type: ignore[misc]

@@ -24,6 +24,8 @@ from zeda_jax.distributed.agreement import from_primary, together
 from zeda_jax.errors import ZedaError
 from zeda_jax.evaluate.runner import evaluate, teacher_distance
 from zeda_jax.models.decoder import Decoder
+from zeda_jax.rollout.openai import sample_from_server
+from zeda_jax.rollout.openai_answers import Verifier
 from zeda_jax.rollout.stage import is_finished, sample_rollouts
 
 __all__ = ["STAGES", "Job", "adapt", "measure", "open_job", "rollout_files"]
@@ -60,7 +62,7 @@ def adapt(
   check_shared(workdir)
   summary.describe(job.console, config, job.model, len(job.train), len(job.held_out), job.sharding)
   wanted = STAGES[: STAGES.index(until) + 1]
-  with job.stop, _alone_in(workdir):
+  with job.stop, alone_in(workdir):
     if not _exported(job):
       if config.sft.epochs or until == "rollout":
         rollout_stage(job)
@@ -80,7 +82,7 @@ def adapt(
 
 
 @contextlib.contextmanager
-def _alone_in(workdir: pathlib.Path) -> Iterator[None]:
+def alone_in(workdir: pathlib.Path) -> Iterator[None]:
   """Holds a lock on the workdir, which ends with the process; of several processes the primary one holds it."""
   lock = os.open(workdir, os.O_RDONLY)
 
@@ -120,9 +122,20 @@ def rollout_stage(job: Job) -> None:
       if done < total:
         job.check_stop(f"with {done} of {total} prompts answered (those of finished files are kept)")
 
+    if settings.engine == "openai":
+      _ask_server(job, directory, progress)
+      return
     sample_rollouts(
       job.teacher, job.prompts, job.train.tolist(), job.render, directory, settings, job.config.seed, progress
     )
+
+
+def _ask_server(job: Job, directory: pathlib.Path, progress: Callable[[int, int], None]) -> None:
+  """The teacher's answers from another engine, which config.rollout names; its weights are not read here."""
+  verifier = Verifier(job.tokenizer, job.model.vocab_size, job.eos_ids)
+  tell = lambda line: job.console.print(f"rollout   {line}", highlight=False, soft_wrap=True)
+  train, settings, seed = job.train.tolist(), job.config.rollout, job.config.seed
+  sample_from_server(verifier, job.prompts, train, job.render, job.longest, directory, settings, seed, progress, tell)
 
 
 def rollout_files(job: Job) -> list[pathlib.Path]:

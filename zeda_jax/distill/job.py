@@ -92,6 +92,7 @@ class Job:
     student = self.teacher
     if settings.num_zero_experts != 0:
       student = inject(student, settings.num_zero_experts, self.config.seed)
+      student = reconfigured(student, zero_expert_type=settings.zero_expert_type, renormalize=settings.renormalize)
     if settings.num_experts_per_tok is not None:
       student = reconfigured(student, num_experts_per_tok=settings.num_experts_per_tok)
     return student

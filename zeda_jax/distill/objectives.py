@@ -18,10 +18,16 @@ from jaxtyping import Array, Bool, Float, Int
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import AuxLoss, Decoder, HiddenOutput
 from zeda_jax.ops.token_losses import TokenLosses, sampled_token_loss, token_losses
-from zeda_jax.zero_experts import Routing, expert_balance_loss, group_balance_loss, zero_expert_ratio
+from zeda_jax.zero_experts import (
+  Routing,
+  adamoe_balance_loss,
+  expert_balance_loss,
+  group_balance_loss,
+  zero_expert_ratio,
+)
 
 LOSSES = ("cross_entropy", "forward_kl", "sampled", "reverse_kl")
-BALANCES = ("group", "expert", "none")
+BALANCES = ("group", "expert", "adamoe", "none")
 BALANCE_TOKENS = ("all", "response")
 
 
@@ -64,6 +70,8 @@ def aux_loss(
     mask = live if objective.balance_tokens == "all" else response
     if objective.balance == "expert":
       return expert_balance_loss(routing.scores, routing.picks, balance["coefficient"], mask)
+    if objective.balance == "adamoe":
+      return adamoe_balance_loss(routing.scores, routing.picks, config.num_experts, balance["coefficient"], mask)
     return group_balance_loss(
       routing.scores, routing.picks, config.num_experts, balance["weight"], balance["coefficient"], mask
     )

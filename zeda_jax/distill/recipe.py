@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _FREE = (
   *("teacher", "prompts", "workdir", "mesh", "export", "evaluate"),
   *("rollout.batch_size", "log_every", "save_every", "keep"),
+  # The server that answers is the teacher's, wherever it runs and whatever it calls it.
+  *(f"rollout.{name}" for name in ("url", "model", "key_variable", "concurrency", "retries", "timeout", "max_dropped")),
 )
 _FREE_IN_EVALUATION = ("prompts", "batch_size", "models")
 # What a run that met NaN is told to lower; it may change until its stage is finished.
@@ -46,7 +48,10 @@ _RANGES: dict[str, Any] = {
   "rollout": {
     **_SAMPLING_RANGES,
     **_FILTER_RANGES,
-    **dict.fromkeys(("batch_size", "shard_size"), (1, _INFINITY)),
+    **dict.fromkeys(("batch_size", "shard_size", "concurrency"), (1, _INFINITY)),
+    "retries": (0, _INFINITY),
+    "timeout": (1, _INFINITY),
+    "max_dropped": (0, 1),
   },
   "sft": {**_STAGE_RANGES, "epochs": (0, _INFINITY), "batch_size": (1, _INFINITY), "row_length": (2, _INFINITY)},
   "opd": {
@@ -68,7 +73,7 @@ def default_config() -> ml_collections.ConfigDict:
   """
   stage = {
     "trainable": "all",  # all | router | router+norms
-    "balance": "group",  # group (L_GA) | expert (L_A, ablation) | none
+    "balance": "group",  # group (L_GA) | expert (L_A, ablation) | adamoe (baseline) | none
     "balance_tokens": "all",  # all (the paper) | response: short answers after long prompts want their own balance
     "weight": 2.0,  # w: target zero-expert ratio = w N_Z / (N + w N_Z)
     "coefficient": 0.1,  # alpha of the balance loss
@@ -95,6 +100,8 @@ def default_config() -> ml_collections.ConfigDict:
       "student": {
         "num_zero_experts": config_dict.placeholder(int),  # N_Z; None means N // 2, 0 a static student
         "num_experts_per_tok": config_dict.placeholder(int),  # K; None keeps the teacher's
+        "zero_expert_type": "zero",  # zero | copy (a baseline: the token's own hidden state)
+        "renormalize": False,  # a baseline: weights of normal picks scaled up to the sum of all K
       },
       "rollout": {
         "max_new_tokens": 32768,
@@ -102,7 +109,15 @@ def default_config() -> ml_collections.ConfigDict:
         "top_k": 0,
         "top_p": 1.0,
         "batch_size": 64,
-        "shard_size": 512,  # prompts per finished file; a killed run repeats at most one
+        "shard_size": 512,  # prompts per finished file; a killed run repeats those that were not finished
+        "engine": "jax",  # jax | openai: a server with OpenAI's API, to which the settings below belong
+        "url": "",  # of the server, such as http://localhost:8000/v1
+        "model": "",  # its name there; empty takes the only one
+        "key_variable": "",  # name of the environment variable that holds the API key; empty sends none
+        "concurrency": 64,  # requests under way at a time
+        "retries": 12,  # of a request that failed in a way that may pass, about six minutes in all
+        "timeout": 3600.0,  # seconds of one attempt, for a whole answer
+        "max_dropped": 0.01,  # share of answers that may be left out because their token ids cannot be verified
       },
       "sft": {
         **stage,
@@ -175,6 +190,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
       "--config.evaluate.models=\"('teacher','student')\"."
     )
   _check_student(config.student)
+  _check_server(config.rollout)
   for section, rows in (
     ("sft", config.sft.batch_size),
     ("opd", config.opd.prompts_per_step * config.opd.samples_per_prompt),
@@ -196,7 +212,7 @@ def _check_number(name: str, value: float, least: float, most: float) -> None:
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
-  from zeda_jax.config import REMAT
+  from zeda_jax.config import REMAT, ZERO_EXPERT_TYPES
   from zeda_jax.distill.objectives import BALANCE_TOKENS, BALANCES
   from zeda_jax.distill.optimizer import SCHEDULES
   from zeda_jax.evaluate.graders import GRADERS
@@ -205,6 +221,8 @@ def _choices() -> dict[str, tuple[str, ...]]:
   choices: dict[str, tuple[str, ...]] = {
     "dtype": ("", "float32", "bfloat16", "float16"),
     "remat": REMAT,
+    "rollout.engine": ("jax", "openai"),
+    "student.zero_expert_type": ZERO_EXPERT_TYPES,
     "sft.loss": ("cross_entropy", "forward_kl"),
     "opd.loss": ("sampled", "reverse_kl"),
     "evaluate.grader": tuple(GRADERS),
@@ -230,6 +248,16 @@ def _check_student(settings: ml_collections.ConfigDict) -> None:
     raise ZedaError(f"config.student.num_experts_per_tok is {picks}; expected at least 1.")
 
 
+def _check_server(settings: ml_collections.ConfigDict) -> None:
+  from zeda_jax.rollout.openai_client import base_url, check_variable
+
+  check_variable(settings.key_variable)  # the settings are written down, so a key must not be among them
+  if settings.url:
+    base_url(settings.url)
+  if settings.engine == "openai" and not settings.url:
+    raise ZedaError("config.rollout.url is empty; config.rollout.engine=openai needs the address of the server.")
+
+
 def claim_workdir(config: ml_collections.ConfigDict, contents: Mapping[str, str]) -> pathlib.Path:
   """Makes the workdir, or checks that it was begun with the same settings, so that finished stages can be reused.
 
@@ -247,7 +275,8 @@ def claim_workdir(config: ml_collections.ConfigDict, contents: Mapping[str, str]
   existed = workdir.exists()
   try:
     if file.is_file():
-      before = _read_settings(file)
+      # A setting that this run's version did not know had the value that is now its default.
+      before = _binding(default_config().to_dict()) | _read_settings(file)
       mended = {name for name in settings if _is_mendable(workdir, name) and before.get(name) != settings[name]}
       _check_same(workdir, before, settings, mended)
       if measured.is_file():

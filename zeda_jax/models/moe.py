@@ -44,6 +44,7 @@ class Router(nnx.Module):
       top_groups=config.top_groups,
       normalize=config.norm_topk_prob,
       scaling=config.routed_scaling_factor,
+      renormalize=config.renormalize,
       execute_top_k=config.execute_top_k,
       skip_threshold=config.skip_threshold,
     )
@@ -81,6 +82,7 @@ class MoELayer(nnx.Module):
     self.experts = Experts(config, rngs)
     self.num_experts = config.num_experts
     self.sharding = config.sharding
+    self.num_copies = config.num_zero_experts if config.zero_expert_type == "copy" else 0
     shared = config.num_shared_experts
     self.shared_experts = DenseMLP(config, rngs, shared * config.moe_intermediate_size) if shared else None
 
@@ -102,4 +104,7 @@ class MoELayer(nnx.Module):
       matrices = self.experts.matrices(x.dtype)
       out, exchange = parallel_experts(x, picks, routing.weights, *matrices, self.sharding, backend)
       routing = routing._replace(exchange=exchange)
+    if self.num_copies:
+      is_copy = (picks >= self.num_experts) & (picks < self.num_experts + self.num_copies)
+      out = out + x * jnp.where(is_copy, routing.weights, 0.0).sum(axis=-1, keepdims=True).astype(x.dtype)
     return (out if self.shared_experts is None else out + self.shared_experts(x)), routing

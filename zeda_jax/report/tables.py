@@ -101,7 +101,7 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def evaluation_tables(workdir: pathlib.Path) -> list[tuple[str, Table]]:
-  """Results of `zeda evaluate` below the workdir: (whose, table) of every results.json in evaluate*/ and evaluations/*/."""
+  """Results of `zeda evaluate` below the workdir, in evaluate*/ and evaluations/*/: (whose, table) of each."""
   patterns = ("evaluate*/results.json", "evaluate*/*/results.json", "evaluations/*/results.json")
   files = sorted({file for pattern in patterns for file in workdir.glob(pattern)})
   return [(str(file.parent.relative_to(workdir)), _evaluation(read_json(file), file)) for file in files]
