@@ -170,16 +170,19 @@ def _evaluate_all(job: Job) -> None:
   measure(job, "student", lambda: job.load(job.workdir / "student"))
 
 
+_NOTED = ("teacher", "prompts", "seed", "dtype", "mesh", "evaluate")
+
+
 def _note_config(job: Job) -> None:
-  """Leaves evaluate/config.json: where teacher and prompts lie, and all settings, for a later look at the results."""
+  """Leaves evaluate/config.json: where teacher and prompts lie, and how answers were made, for `zeda report`."""
   file = job.workdir / "evaluate" / "config.json"
-  config = job.config.to_dict()
+  noted = {name: value for name, value in job.config.to_dict().items() if name in _NOTED}
   absolute = lambda path: str(pathlib.Path(path).resolve()) if path else ""
-  for section, name in ((config, "teacher"), (config, "prompts"), (config, "workdir"), (config["evaluate"], "prompts")):
+  for section, name in ((noted, "teacher"), (noted, "prompts"), (noted["evaluate"], "prompts")):
     section[name] = absolute(section[name])
-  text = json.loads(json.dumps(config))
-  if from_primary(lambda: not file.is_file() or json.loads(file.read_text()) != text):
-    from_primary(lambda: write_json(file, config))
+  noted = json.loads(json.dumps(noted))
+  if from_primary(lambda: not file.is_file() or json.loads(file.read_text()) != noted):
+    from_primary(lambda: write_json(file, noted))
 
 
 def measure(job: Job, name: str, model: Callable[[], Decoder]) -> None:
