@@ -13,6 +13,8 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODELS = ("qwen3_30b_a3b", "glm_4_7_flash")
@@ -28,6 +30,11 @@ def _sft(rows: int, length: int, expert: int, *more: str) -> list[str]:
   ]
 
 
+def _rollout(slots: int, *more: str) -> list[str]:
+  sizes = (f"--config.rollout.batch_size={slots}", "--config.rollout.max_new_tokens=7168")
+  return ["--stage=rollout", *sizes, *more]
+
+
 # name -> (slice, flags)
 CASES: dict[str, tuple[str, list[str]]] = {
   "v5p": ("v5p:4x4x4", _sft(128, 8192, 4)),
@@ -39,13 +46,11 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "v5p:4x4x4",
     ["--stage=opd", "--config.opd.prompts_per_step=32", "--config.opd.max_new_tokens=7168", "--config.mesh.expert=4"],
   ),
-  "rollout": (
-    "v5p:4x4x4",
-    [
-      *("--stage=rollout", "--config.rollout.batch_size=512", "--config.rollout.max_new_tokens=7168"),
-      "--config.mesh.expert=64",
-    ],
-  ),
+  "rollout-v5p": ("v5p:2x2x1", _rollout(128)),
+  "rollout-v5p-dynamic": ("v5p:2x2x1", _rollout(128, "--dynamic")),
+  "rollout-v6e": ("v6e:2x4", _rollout(128)),
+  "rollout-v6e-dynamic": ("v6e:2x4", _rollout(128, "--dynamic")),
+  "rollout": ("v5p:4x4x4", _rollout(512)),
 }
 
 
@@ -68,19 +73,60 @@ def make(output: pathlib.Path, model: str, case: str) -> None:
   print(f"{file}: done", flush=True)
 
 
-def table(output: pathlib.Path) -> str:
-  """One line for each plan that is there."""
-  lines = [
-    "| | slice | mesh | rows × tokens | a chip | needs, GiB | held | gradients | kept or cache | rest | PFLOPs a step "
+def tables(output: pathlib.Path) -> str:
+  """One line for each plan that is there: of training stages, and of the engine."""
+  training = [
+    "| | slice | mesh | rows × tokens | a chip | needs, GiB | held | gradients | kept | rest | PFLOPs a step "
     "| weights sent, GB | rows sent, GB | step, s | tokens/s/chip | slowest |",
     "|" + "---|" * 16,
+  ]
+  engine = [
+    "| | slice | slots × tokens | needs, GiB | parameters | pages | beside: prefill | decode | room for tokens "
+    "| prompts read at once | s | tokens/s/chip | decode step, ms | tokens/s/chip | slowest |",
+    "|" + "---|" * 15,
   ]
   for case in CASES:
     for model in MODELS:
       file = output / f"{case}-{model}.json"
       if file.is_file():
-        lines.append(_line(case, json.loads(file.read_text())))
-  return "\n".join(lines)
+        found = json.loads(file.read_text())
+        (engine if "programs" in found else training).append(
+          _engine_line(found) if "programs" in found else _line(case, found)
+        )
+  return "\n".join([*training, "", *engine])
+
+
+def _both(values: Iterable[Any], form: str = "{}") -> str:
+  return " / ".join(dict.fromkeys(form.format(v) for v in values))
+
+
+def _needs(p: dict) -> str:
+  return f"{p['needed'] / GIB:.1f} of {p['available'] / GIB:.1f}: {'fits' if p['fits'] else 'does not fit'}"
+
+
+def _engine_line(p: dict) -> str:
+  prefill, decode = p["programs"]["prefill"], p["programs"]["decode"]
+  steps = lambda program, factor: [t["step"] * factor for t in program["times"].values()]
+  rates = lambda program: _both(program["tokens_per_second_per_chip"].values(), "{:.0f}")
+  return " | ".join(
+    [
+      f"| {p['model']}, {p['kind']}",
+      p["topology"],
+      f"{p['slots']} × {p['prompt'] + p['new']}",
+      _needs(p),
+      f"{p['memory']['parameters'] / GIB:.1f}",
+      f"{p['memory']['cache'] / GIB:.1f}",
+      f"{prefill['temporaries'] / GIB:.2f}",
+      f"{decode['temporaries'] / GIB:.2f}",
+      f"{p['room']['tokens'] / 1e6:.2f} M",
+      f"{p['rows']} × {p['bucket']}",
+      _both(steps(prefill, 1.0), "{:.3f}"),
+      rates(prefill),
+      _both(steps(decode, 1e3), "{:.1f}"),
+      rates(decode),
+      _both(t["bound"] for t in (*prefill["times"].values(), *decode["times"].values())) + " |",
+    ]
+  )
 
 
 def _line(case: str, p: dict) -> str:
@@ -88,7 +134,6 @@ def _line(case: str, p: dict) -> str:
   moved = {
     rows: sum(s["bytes"] for s in p["traffic"] if ("all-to-all" in s["kind"]) == rows) / 1e9 for rows in (False, True)
   }
-  both = lambda values, form: " / ".join(dict.fromkeys(form.format(v) for v in values))
   return " | ".join(
     [
       f"| {p['model']}, {p['stage']}{', router only' if case == 'router' else ''}",
@@ -96,17 +141,17 @@ def _line(case: str, p: dict) -> str:
       f"{p['mesh']['data']} × {p['mesh']['expert']}",
       f"{p['rows']} × {p['row_length']}",
       f"{p['padded_rows'] // p['devices']}",
-      f"{p['needed'] / GIB:.1f} of {p['available'] / GIB:.1f}: {'fits' if p['fits'] else 'does not fit'}",
+      _needs(p),
       gib("parameters", "optimizer", "teacher"),
       gib("gradients"),
-      gib("activations", "cache"),
+      gib("activations"),
       f"{memory['temporaries'] / GIB:.1f}",
-      both((v / 1e15 for v in p["step_flops"].values()), "{:.2f}"),
+      _both((v / 1e15 for v in p["step_flops"].values()), "{:.2f}"),
       f"{moved[False]:.1f}",
       f"{moved[True]:.1f}",
-      both((t["step"] for t in p["times"].values()), "{:.2f}"),
-      both(p["tokens_per_second_per_chip"].values(), "{:.0f}"),
-      both((t["bound"] for t in p["times"].values()), "{}") + " |",
+      _both((t["step"] for t in p["times"].values()), "{:.2f}"),
+      _both(p["tokens_per_second_per_chip"].values(), "{:.0f}"),
+      _both(t["bound"] for t in p["times"].values()) + " |",
     ]
   )
 
@@ -123,7 +168,7 @@ def main() -> None:
     for case in flags.cases:
       for model in flags.models:
         make(flags.output, model, case)
-  print(table(flags.output))
+  print(tables(flags.output))
 
 
 if __name__ == "__main__":

@@ -20,15 +20,20 @@ if TYPE_CHECKING:
   from zeda_jax.errors import ZedaError
   from zeda_jax.models.decoder import Decoder, inject
   from zeda_jax.ops.grouped_matmul import grouped_matmul, grouped_swiglu
+  from zeda_jax.rollout.engine import Engine
   from zeda_jax.rollout.generate import generate
+  from zeda_jax.rollout.requests import Completion, Request
   from zeda_jax.zero_experts import group_balance_loss, zero_expert_ratio
 
 __version__ = "0.1.0"
 
 # public name -> module; imported on first use, so that `zeda --help` does not wait for JAX.
 _PUBLIC = {
+  "Completion": "rollout.requests",
   "Decoder": "models.decoder",
+  "Engine": "rollout.engine",
   "ModelConfig": "config",
+  "Request": "rollout.requests",
   "ZedaError": "errors",
   "adapt": "distill.adapt",
   "default_config": "distill.recipe",
@@ -44,8 +49,11 @@ _PUBLIC = {
 }
 
 __all__ = [
+  "Completion",
   "Decoder",
+  "Engine",
   "ModelConfig",
+  "Request",
   "ZedaError",
   "adapt",
   "default_config",

@@ -32,11 +32,11 @@ import pathlib, sys, time
 from zeda_jax.checkpoint import safetensors_io
 from zeda_jax.cli.main import main
 from zeda_jax.distill import adapt, metrics
-from zeda_jax.rollout import stage as rollout
+from zeda_jax.rollout.engine import Engine
 
 where, marker = sys.argv[1], pathlib.Path(sys.argv[2])
 places = {
-  "rollout": (rollout, "generate", 0.5),
+  "rollout": (Engine, "step", 0.3),
   "sft": (metrics.MetricWriter, "write", 0.15),
   "opd": (metrics.MetricWriter, "write", 0.5),
   "export": (safetensors_io, "_write_all", 0.1),

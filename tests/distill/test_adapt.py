@@ -208,9 +208,9 @@ def test_sigterm_in_every_stage(files, whole, tmp_path, monkeypatch, capsys):
 
     return writes
 
-  # the last batch of a shard; the last shard; a step of each training; the export; the second model's evaluation
+  # the first shard; the last shard; a step of each training; the export; the second model's evaluation
   moments = [
-    (rollout_stage, "generate", Interrupter(rollout_stage.generate, 2), "with 84 of 168 prompts answered"),
+    (rollout_stage, "write_shard", Interrupter(rollout_stage.write_shard, 1), "with 84 of 168 prompts answered"),
     (rollout_stage, "write_shard", Interrupter(rollout_stage.write_shard, 1), "before SFT"),
     (MetricWriter, "write", interrupt_training("sft"), "sft stopped after step"),
     (MetricWriter, "write", interrupt_training("opd"), "opd stopped after step"),

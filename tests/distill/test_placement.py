@@ -19,7 +19,8 @@ from zeda_jax.distill.step import _gradients, abstract_state, init_state, split_
 from zeda_jax.evaluate.runner import teacher_distance
 from zeda_jax.models.decoder import inject
 from zeda_jax.models.params import merge_model, reconfigured, split_model
-from zeda_jax.rollout.generate import generate, generate_batch
+from zeda_jax.rollout import decoding
+from zeda_jax.rollout.generate import generate
 from zeda_jax.sharding import Rules, Sharding, make_mesh
 
 THIS = "tests.distill.test_placement"
@@ -160,11 +161,13 @@ def check_generation(static, placed, ways):
   for temperature, top_k in ways:
     options = {"max_new_tokens": 6, "temperature": temperature, "top_k": top_k, "seed": 2**31 + 3, "eos_id": 7}
     expected = generate(static, prompts, batch_size=3, **options)
-    before = generate_batch._cache_size()
+    programs = lambda: (decoding.prefill._cache_size(), decoding.decode._cache_size())
+    before = programs()
     found = generate(placed, prompts, batch_size=3, **options)
-    assert generate_batch._cache_size() == before + 1
+    made = programs()
+    assert before[1] + 1 == made[1] and before[0] < made[0]
     assert generate(placed, prompts, batch_size=3, **options) == found
-    assert generate_batch._cache_size() == before + 1  # the second batch and the second call compile nothing
+    assert programs() == made  # the second call compiles nothing
     for one, two in zip(found, expected, strict=True):
       assert (one.tokens, one.finished) == (two.tokens, two.finished)
       np.testing.assert_allclose(one.logprobs, two.logprobs, rtol=1e-5, atol=1e-5)

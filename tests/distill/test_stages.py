@@ -1,5 +1,6 @@
 """The training stages: on-policy batches, and a finished stage that is only read back."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,10 +11,13 @@ import rich.console
 from tests.tiny_models import tiny_model
 from zeda_jax.data.rollouts import make_record, write_shard
 from zeda_jax.distill.recipe import default_config
-from zeda_jax.distill.stages import Stage, on_policy_batch, run_opd, run_sft
+from zeda_jax.distill.sampler import on_policy_batch
+from zeda_jax.distill.stages import Stage, run_opd, run_sft
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import inject
-from zeda_jax.models.params import split_model
+from zeda_jax.models.params import merge_model, split_model
+from zeda_jax.rollout import decoding
+from zeda_jax.rollout.engine import Engine
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +86,55 @@ def test_checkpoints_that_are_gone_are_told(teacher, tmp_path):
     stage(teacher, tmp_path).restored(inject(teacher))
 
 
+def render(index):
+  return [index, 1, 2]
+
+
 def test_on_policy_sampling_follows_seed_and_step(teacher, tmp_path, monkeypatch):
   """Each step samples the prompts of its own batch, with another seed each step, the same in another run."""
-  calls = []
+  calls, run = [], Engine.run
 
-  def record(model, prompts, *args, seed, **options):
-    from zeda_jax.rollout.generate import generate
+  def record(self, requests, *rest):
+    calls.append([(tuple(r.prompt), r.seed, r.stream, r.n) for r in requests])
+    return run(self, requests, *rest)
 
-    calls.append((tuple(map(tuple, prompts)), seed))
-    return generate(model, prompts, *args, seed=seed, **options)
-
-  monkeypatch.setattr("zeda_jax.distill.stages.generate", record)
-  render = lambda index: [index, 1, 2]
+  monkeypatch.setattr(Engine, "run", record)
   for name in ("a", "b"):
     run_opd(stage(teacher, tmp_path / name, "opd"), inject(teacher), [3, 5, 7, 9], render, longest=3)
   assert calls[:2] == calls[2:]
-  (first, seed), (second, other) = calls[:2]
-  assert seed != other
-  for prompts in (first, second):
-    assert len(prompts) == 6 and prompts[::2] == prompts[1::2]  # two samples of each of three prompts
-  assert {p[0] for p in first} <= {3, 5, 7, 9} and len({p[0] for p in first}) == 3
+  first, second = calls[:2]
+  assert {seed for _, seed, *_ in first} != {seed for _, seed, *_ in second}
+  for requests in (first, second):
+    assert len({seed for _, seed, *_ in requests}) == 1
+    assert [streams for _, _, *streams in requests] == [[0, 2], [2, 2], [4, 2]]  # two samples of each of three prompts
+  assert {p[0] for p, *_ in first} <= {3, 5, 7, 9} and len({p[0] for p, *_ in first}) == 3
   rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("a", "b")]
   assert [json.loads(line)["loss"] for line in rows[0]] == [json.loads(line)["loss"] for line in rows[1]]
+
+
+def test_the_engine_takes_the_student_s_own_arrays_and_compiles_once(teacher, tmp_path, monkeypatch):
+  """One engine for all steps; between them it holds neither parameters nor cache."""
+  engines, update, release = [], Engine.update, Engine.release
+
+  def check_update(self, params):
+    assert self._params is None and self._pages is None
+    update(self, params)
+    assert all(mine is given for mine, given in zip(*map(jax.tree.leaves, (self._params, params)), strict=True))
+
+  def check_release(self):
+    assert not self._pages[0].is_deleted()
+    engines.append((self, decoding.prefill._cache_size(), decoding.decode._cache_size()))
+    release(self)
+
+  monkeypatch.setattr(Engine, "update", check_update)
+  monkeypatch.setattr(Engine, "release", check_release)
+  monkeypatch.setattr("zeda_jax.rollout.engine.unstacked", lambda graphdef, params: (graphdef, params))
+  part = stage(teacher, tmp_path, "opd")
+  part.settings.steps = 4
+  before = decoding.decode._cache_size()
+  # as a checkpoint's arrays are: bound to a device
+  graphdef, params = split_model(teacher)
+  bound = merge_model(graphdef, jax.device_put(params, jax.devices()[0]))
+  run_opd(dataclasses.replace(part, teacher=bound), inject(bound), [3, 5, 7, 9], render, longest=3)
+  assert len(engines) == 4 and len(set(engines)) == 1
+  assert decoding.decode._cache_size() == before + 1

@@ -12,6 +12,8 @@ from tests.recipe_files import REPOSITORY
 from zeda_jax.cli import main as cli
 from zeda_jax.distill.recipe import default_config
 from zeda_jax.errors import ZedaError
+from zeda_jax.plan.aot import refusal
+from zeda_jax.plan.apart import CompilerCrash
 from zeda_jax.plan.chips import GIB, parse_topology
 from zeda_jax.plan.models import MODELS, find_model
 from zeda_jax.plan.plan import changed, faster_mesh, make_plan, suggestions
@@ -94,13 +96,47 @@ def test_a_faster_mesh_is_named():
   assert faster_mesh(changed(config, {"mesh.expert": best.mesh["expert"]}), best, again) is None
 
 
-def test_rollout_and_on_policy_rows():
-  rollout, _ = plan_of(stage="rollout", **{"rollout.batch_size": 512, "rollout.max_new_tokens": 7168})
-  cache = 8 * 8192 * 48 * 2 * 4 * 128 * 2  # rows, tokens, layers, keys and values of 4 heads
-  assert rollout.memory["cache"] == cache and "optimizer" not in rollout.memory
-  assert rollout.tokens == 512 * 7168
+def test_on_policy_rows():
   opd, _ = plan_of(stage="opd", **{"opd.max_new_tokens": 7168})
   assert (opd.rows, opd.row_length, opd.idle_devices) == (32, 8192, 32)
+
+
+@pytest.mark.parametrize(
+  "message, needed",
+  [
+    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 101.5G of 95.00G hbm. Exceeded", 101.5),
+    (
+      "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (96.50G) exceeds available HBM (95.00G)",
+      103.6,
+    ),
+    ("RESOURCE_EXHAUSTED: something else", 95.0),
+  ],
+)
+def test_what_the_compiler_refuses_does_not_fit(message, needed, monkeypatch):
+  monkeypatch.setattr("zeda_jax.plan.plan.compile_apart", lambda job, devices: refusal(message))
+  config = plan_of()[1]
+  found = make_plan(config, "qwen", QWEN, parse_topology("v5p:4x4x4"), "sft", 1024, True)
+  assert not found.fits and found.source == "compiled"
+  assert found.needed / GIB == pytest.approx(needed, rel=2e-3)
+  assert refusal("INTERNAL: Mosaic failed") is None
+
+
+def test_where_the_compiler_crashes_the_plan_is_an_estimate_that_says_so(monkeypatch, capsys):
+  def crash(job, devices):
+    assert (job.program, job.topology, devices) == ("step", "v5p:4x4x4", 64)
+    assert job.config["sft.row_length"] == 8192 and json.loads(json.dumps(dataclasses.asdict(job)))
+    raise CompilerCrash("Check failed: a == b")
+
+  expected, config = plan_of()
+  monkeypatch.setattr("zeda_jax.plan.plan.compile_apart", crash)
+  found = make_plan(config, "qwen", QWEN, parse_topology("v5p:4x4x4"), "sft", 1024, True)
+  note = "The TPU compiler crashed on this plan (Check failed: a == b): these numbers are an estimate from shapes."
+  assert found == dataclasses.replace(expected, note=note)
+  monkeypatch.chdir(REPOSITORY)
+  monkeypatch.setattr("zeda_jax.plan.aot.find_libtpu", lambda: True)
+  flags = ["--config=configs/qwen3_30b_a3b.py", "--topology=v5p:4x4x4", "--config.sft.row_length=8192"]
+  status, out = run(capsys, *flags)
+  assert status == 0 and note in out.out and "fits" in out.out
 
 
 @pytest.mark.parametrize(
@@ -145,6 +181,7 @@ def test_the_command(capsys, monkeypatch):
     ([], "--topology is missing"),
     (["--topology=v5p:4x4x4", "--config=configs/tiny.py"], "Which model is it"),
     (["--topology=v5p:4x4x4", "--model=llama"], "--model=llama is not known; expected one of qwen3_30b_a3b"),
+    (["--topology=v5p:4x4x4", "--dynamic"], "--dynamic is about --stage=rollout"),
     (["--topology=v5q:4x4x4"], "'v5q' is no kind of TPU"),
     (["--topology=v5p:4x4x4", "--config.sft.rows=4"], "config.sft.rows does not exist"),
     (["--topology=v5p:4x4x4", "--config.teacher=nowhere"], "config.json does not exist"),

@@ -30,22 +30,20 @@ def test_skipping_halves_the_students_experts_alone():
   assert router.total < half.total
 
 
-def test_generation_adds_up_token_by_token():
+def test_decoding_adds_up_token_by_token():
   config = tiny_config()
-  one_by_one = sum(
-    work.generation(config, n, 1).total - work.forward(config, n)._replace(head=0).total for n in range(4, 10)
-  )
-  at_once = work.generation(config, 4, 6).total - work.forward(config, 4)._replace(head=0).total
-  assert at_once == pytest.approx(one_by_one)
+  one_by_one = sum(work.decoded(config, n, 1).total for n in range(4, 10))
+  assert work.decoded(config, 4, 6).total == pytest.approx(one_by_one)
 
 
 @pytest.mark.parametrize("prompt, new", [(1024, 1), (1024, 32768)])
-def test_generated_tokens_by_hand(prompt, new):
-  read, both = work.forward(QWEN3_30B_A3B, prompt), work.generation(QWEN3_30B_A3B, prompt, new)
-  assert both.attention - read.attention == pytest.approx(48 * new * 2 * 2048 * (4096 + 512 + 512 + 4096))
+def test_decoded_tokens_by_hand(prompt, new):
+  found = work.decoded(QWEN3_30B_A3B, prompt, new)
+  assert found.attention == pytest.approx(48 * new * 2 * 2048 * (4096 + 512 + 512 + 4096))
   earlier = sum(range(prompt, prompt + new))  # tokens that each new one looks back on
-  assert both.pairs - read.pairs == pytest.approx(48 * earlier * 4 * 4096)
-  assert both.experts - read.experts == pytest.approx(48 * new * 8 * 3 * 2 * 2048 * 768)
+  assert found.pairs == pytest.approx(48 * earlier * 4 * 4096)
+  assert found.experts == pytest.approx(48 * new * 8 * 3 * 2 * 2048 * 768)
+  assert found.head == new * 2 * 2048 * 151936
 
 
 def test_the_papers_layer_is_what_is_summed():

@@ -1,4 +1,4 @@
-"""The engine against transformers' generate, full forward passes, and our own generate."""
+"""The engine against transformers' generate and full forward passes."""
 
 import functools
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.rollout.reference import sample_plainly
 from tests.rollout.test_sampling import plain_distribution
 from tests.tiny_models import forward, hf_model, tiny_model
 from zeda_jax.checkpoint.huggingface import load_hf, save_hf
@@ -17,7 +18,6 @@ from zeda_jax.models.decoder import inject
 from zeda_jax.models.params import split_model
 from zeda_jax.rollout import decoding
 from zeda_jax.rollout.engine import Engine
-from zeda_jax.rollout.generate import generate
 from zeda_jax.rollout.requests import Request
 
 RNG = np.random.default_rng(0)
@@ -96,8 +96,8 @@ def requests_of(prompts, **options):
   return [ask(p, NEW, stream=i, **({"seed": 1, "stop_ids": (7,)} | options)) for i, p in enumerate(prompts)]
 
 
-def generated(model, prompts, **options):
-  return generate(model, prompts, NEW, **({"eos_id": 7, "batch_size": 6, "width": 32} | options))
+def plainly(model, prompts, **options):
+  return [sample_plainly(model, p, NEW, stream=i, stop=(7,), **options) for i, p in enumerate(prompts)]
 
 
 @pytest.fixture(scope="module")
@@ -105,15 +105,15 @@ def sampled(model):
   return firsts(Engine(model, **SIZES), requests_of(PROMPTS))
 
 
-def test_mixed_settings_in_one_batch_equal_generate_with_each(model):
+def test_mixed_settings_in_one_batch_equal_plain_sampling_with_each(model):
   settings = [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8}, {"temperature": 0.0}]
   mixed = [ask(PROMPTS[1], NEW, seed=5, n=2, stop_ids=(7,), **setting) for setting in settings]
   found = answers(Engine(model, **SIZES), mixed)
   assert found[2][0].tokens == found[2][1].tokens != found[0][0].tokens
-  for setting, responses in zip(settings[:2], found[:2], strict=True):
-    for ours, theirs in zip(responses, generated(model, [PROMPTS[1]] * 2, **setting, seed=5), strict=True):
+  for setting, responses in zip(settings, found, strict=True):
+    for ours, theirs in zip(responses, plainly(model, [PROMPTS[1]] * 2, **setting, seed=5), strict=True):
       assert ours.tokens == theirs.tokens
-      np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-5)
+      np.testing.assert_allclose(ours.logprobs, theirs.logprobs, rtol=0, atol=1e-4)
       assert ours.zero_ratio == pytest.approx(theirs.zero_ratio, abs=1e-6)
       assert ours.zero_ratio_all == pytest.approx(theirs.zero_ratio_all, abs=1e-6)
       assert (ours.finish_reason == "stop") == theirs.finished
@@ -189,7 +189,7 @@ def test_responses_to_one_prompt_share_its_pages_and_differ(model):
     updates += engine.step()
   found = [u.completion for u in updates if u.completion]
   assert engine.statistics().prompt_tokens == 29 and engine.statistics().pages_used == 0
-  expected = generated(model, [PROMPTS[4]] * 6, seed=2)
+  expected = plainly(model, [PROMPTS[4]] * 6, seed=2)
   assert [c.tokens for c in sorted(found, key=lambda c: c.index)] == [s.tokens for s in expected]
   assert len({tuple(c.tokens) for c in found}) == 6
   for c in found:  # the updates hold every token once, in order
@@ -203,7 +203,7 @@ def test_the_bias_is_each_requests_own(model):
   biases = (-np.inf, 0.0, 1e4)
   requests = [ask(PROMPTS[1], NEW, seed=1, stop_ids=(7,), zero_expert_bias=b) for b in biases]
   for bias, found in zip(biases, firsts(Engine(model, **SIZES), requests), strict=True):
-    (expected,) = generated(model, [PROMPTS[1]], seed=1, zero_expert_bias=bias)
+    (expected,) = plainly(model, [PROMPTS[1]], seed=1, zero_expert_bias=bias)
     assert found.tokens == expected.tokens
     assert found.zero_ratio_all == pytest.approx(expected.zero_ratio_all, abs=1e-6)
 
@@ -245,7 +245,7 @@ def test_leaving_a_run_cancels_what_is_left_and_progress_counts(model):
   seen = []
   for _ in engine.run(requests_of(PROMPTS), lambda *numbers: seen.append(numbers)):
     break
-  assert engine.is_idle and seen == [(1, 6)]
+  assert engine.is_idle and [done for done, _ in seen] == [0, 4]  # after the prompts, after a chunk
   firsts(engine, requests_of(PROMPTS[:3]))
   statistics = engine.statistics()
   assert statistics.tokens_per_second > 0 and 0 < statistics.occupancy <= 1

@@ -76,7 +76,7 @@ class Generating(Stub):
       return super().complete(body)
 
   def sample(self, prompt, seed, max_tokens):
-    return zeda_jax.generate(self.model, [prompt], 16, temperature=0.0, width=64)[0].tokens[:max_tokens]
+    return zeda_jax.generate(self.model, [prompt], 16, temperature=0.0)[0].tokens[:max_tokens]
 
 
 @pytest.mark.slow

@@ -28,7 +28,8 @@ def prompts(tmp_path):
 
 
 def settings(**changes):
-  values = {"max_new_tokens": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "batch_size": 4, "shard_size": 6}
+  values = {"max_new_tokens": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "batch_size": 4}
+  values |= {"shard_size": 6, "cache_tokens": 0}
   return types.SimpleNamespace(**(values | changes))
 
 
@@ -36,8 +37,8 @@ def render(number):
   return [1 + number, 2, 3]
 
 
-def run(model, prompts, directory, progress=lambda done, total: None, seed=0, **changes):
-  sample_rollouts(model, prompts, CHOSEN, render, directory, settings(**changes), seed, progress)
+def run(model, prompts, directory, progress=lambda done, total, note="": None, seed=0, **changes):
+  sample_rollouts(model, prompts, CHOSEN, render, 3, directory, settings(**changes), seed, progress)
 
 
 def contents(directory):
@@ -46,7 +47,7 @@ def contents(directory):
 
 def test_every_chosen_prompt_once_in_order(model, prompts, tmp_path):
   seen = []
-  run(model, prompts, tmp_path / "r", lambda done, total: seen.append((done, total)))
+  run(model, prompts, tmp_path / "r", lambda done, total, note="": seen.append((done, total)))
   assert sorted(contents(tmp_path / "r")) == [f"rollouts-0000{i}-of-00003.jsonl" for i in range(3)]
   records = [r for file in sorted((tmp_path / "r").iterdir()) for r in JsonLines(file)]
   assert [r["index"] for r in records] == CHOSEN
@@ -82,7 +83,7 @@ def test_stopped_anywhere_and_continued(model, prompts, tmp_path, calls):
   run(model, prompts, tmp_path / "whole")
   left = calls
 
-  def stops(done, total):
+  def stops(done, total, note=""):
     nonlocal left
     left -= 1
     if not left:
@@ -109,7 +110,7 @@ def test_what_a_killed_run_left_is_replaced(model, prompts, tmp_path):
 
 def test_finished_work_is_not_done_again(model, prompts, tmp_path, monkeypatch):
   run(model, prompts, tmp_path / "r")
-  monkeypatch.setattr(stage, "generate", lambda *args, **options: pytest.fail("sampled again"))
+  monkeypatch.setattr(stage, "engine_for", lambda *args, **options: pytest.fail("sampled again"))
   run(model, prompts, tmp_path / "r")
 
 

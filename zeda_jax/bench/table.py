@@ -169,13 +169,14 @@ def show(report: Report, console: rich.console.Console) -> None:
 def markdown(report: Report) -> str:
   header, body = cells(report)
   parts = [f"# {report.title}", *report.lines, LEGEND]
-  parts.append(_markdown_table(header, [["<br>".join(lines) for lines in row] for row in body]))
+  parts.append(markdown_table(header, [["<br>".join(lines) for lines in row] for row in body]))
   if report.goals:
-    parts.append(_markdown_table(_GOAL_HEADER, [goal.texts for goal in report.goals]))
+    parts.append(markdown_table(_GOAL_HEADER, [goal.texts for goal in report.goals]))
   return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(header: Sequence[str], body: list[list[str]]) -> str:
+def markdown_table(header: Sequence[str], body: list[list[str]]) -> str:
+  """A table of Markdown."""
   lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
   return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in body)])
 
@@ -192,11 +193,12 @@ def comma_separated(report: Report) -> str:
       values = row._replace(bytes=row.dense_bytes) if column == DENSE else row
       numbers = ["" if x is None else f"{x:.6g}" for x in (found or [None] * len(Figures._fields))]
       note = "" if found else row.cells.get(column, "")
-      writer.writerow([*(_plain(getattr(values, name)) for name in fields), column, *numbers, note])
+      writer.writerow([*(plain(getattr(values, name)) for name in fields), column, *numbers, note])
   return out.getvalue()
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+  """A value as CSV has it."""
   return f"{value:.6g}" if isinstance(value, float) else value
 
 

@@ -1,27 +1,28 @@
-"""`zeda bench`: tables of the grouped matmul's and the MoE layer's speed on this machine."""
+"""`zeda bench`: tables of the grouped matmul's, the MoE layer's and a whole model's speed on this machine."""
 
 import argparse
-from collections.abc import Callable
-from typing import TypeVar
 
 from zeda_jax.bench.shapes import SHAPES, Options
+from zeda_jax.cli import bench_model
+from zeda_jax.cli.lists import listed
 from zeda_jax.errors import ZedaError
 
 _KINDS = ("kernel", "layer")
 _EPILOG = """shapes: {shapes}
+models: `zeda bench model --help` has the flags of whole models
 threads: those the process may use; fewer with e.g. `taskset -c 0,1 zeda bench kernel`"""
-
-Value = TypeVar("Value")
 
 
 def run(command: str, args: list[str]) -> int:
+  if args[:1] == ["model"]:
+    return bench_model.run(command, args[1:])
   flags = _parser(command).parse_args(args)
   if flags.what not in _KINDS:
-    raise ZedaError(f"{flags.what!r} is nothing to measure; expected kernel or layer.")
+    raise ZedaError(f"{flags.what!r} is nothing to measure; expected kernel, layer or model.")
   options = Options(
-    shapes=tuple(SHAPES) if flags.shapes is None else _listed("shapes", flags.shapes, str),
-    ratios=Options.ratios if flags.ratios is None else _listed("ratios", flags.ratios, float),
-    columns=None if flags.backends is None else _listed("backends", flags.backends, str),
+    shapes=tuple(SHAPES) if flags.shapes is None else listed("shapes", flags.shapes, str),
+    ratios=Options.ratios if flags.ratios is None else listed("ratios", flags.ratios, float),
+    columns=None if flags.backends is None else listed("backends", flags.backends, str),
     dtype=flags.dtype,
     scale=flags.scale,
     repeats=flags.repeats,
@@ -62,7 +63,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     formatter_class=argparse.RawDescriptionHelpFormatter,
     epilog=_EPILOG.format(shapes="\n  ".join(["", *SHAPES])),
   )
-  parser.add_argument("what", metavar="kernel|layer", help="the grouped matmul, or the MoE layer around it")
+  parser.add_argument("what", metavar="kernel|layer|model", help="the grouped matmul, the MoE layer, or all layers")
   parser.add_argument("--shapes", help="comma-separated, all by default")
   parser.add_argument("--ratios", help="zero ratios (default: 0,0.25,0.5,0.75)")
   parser.add_argument("--backends", help="columns beside dense: backends and peers (default: all that run here)")
@@ -77,10 +78,3 @@ def _parser(command: str) -> argparse.ArgumentParser:
   parser.add_argument("--output", metavar="DIR", help="also write a CSV and a Markdown file there")
   parser.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
   return parser
-
-
-def _listed(flag: str, text: str, kind: Callable[[str], Value]) -> tuple[Value, ...]:
-  try:
-    return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
-  except ValueError:
-    raise ZedaError(f"--{flag}={text} is no list of numbers; expected e.g. --{flag}=0,0.5.") from None

@@ -24,6 +24,7 @@ COMMANDS = {
   "inject": ("inject", "add zero experts to a Hugging Face directory, untrained"),
   "generate": ("generate", "answer prompts with a static or dynamic checkpoint"),
   "serve": ("serve", "an OpenAI-compatible HTTP server for a static or dynamic checkpoint"),
+  "evaluate": ("evaluate", "scores on benchmarks by the paper's protocol; two models compared"),
   "bench": ("bench", "speed of the grouped matmul and of the MoE layer on this machine"),
 }
 

@@ -117,8 +117,8 @@ def rollout_stage(job: Job) -> None:
     return
   with summary.progress(job.console, "rollout") as show:
 
-    def progress(done: int, total: int) -> None:
-      show(done, total)
+    def progress(done: int, total: int, note: str = "", /) -> None:
+      show(done, total, note)
       if done < total:
         job.check_stop(f"with {done} of {total} prompts answered (those of finished files are kept)")
 
@@ -126,7 +126,15 @@ def rollout_stage(job: Job) -> None:
       _ask_server(job, directory, progress)
       return
     sample_rollouts(
-      job.teacher, job.prompts, job.train.tolist(), job.render, directory, settings, job.config.seed, progress
+      job.teacher,
+      job.prompts,
+      job.train.tolist(),
+      job.render,
+      job.longest,
+      directory,
+      settings,
+      job.config.seed,
+      progress,
     )
 
 

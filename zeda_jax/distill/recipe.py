@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # the prompts the content is binding, not the path.
 _FREE = (
   *("teacher", "prompts", "workdir", "mesh", "export", "evaluate"),
-  *("rollout.batch_size", "log_every", "save_every", "keep"),
+  *("rollout.batch_size", "cache_tokens", "log_every", "save_every", "keep"),
   # The server that answers is the teacher's, wherever it runs and whatever it calls it.
   *(f"rollout.{name}" for name in ("url", "model", "key_variable", "concurrency", "retries", "timeout", "max_dropped")),
 )
@@ -48,6 +48,7 @@ _RANGES: dict[str, Any] = {
   "rollout": {
     **_SAMPLING_RANGES,
     **_FILTER_RANGES,
+    "cache_tokens": (0, _INFINITY),
     **dict.fromkeys(("batch_size", "shard_size", "concurrency"), (1, _INFINITY)),
     "retries": (0, _INFINITY),
     "timeout": (1, _INFINITY),
@@ -57,7 +58,7 @@ _RANGES: dict[str, Any] = {
   "opd": {
     **_STAGE_RANGES,
     **_SAMPLING_RANGES,
-    **dict.fromkeys(("clip_low", "clip_high", "steps"), (0, _INFINITY)),
+    **dict.fromkeys(("clip_low", "clip_high", "steps", "cache_tokens"), (0, _INFINITY)),
     **dict.fromkeys(("prompts_per_step", "samples_per_prompt"), (1, _INFINITY)),
   },
   "evaluate": {**_SAMPLING_RANGES, **_FILTER_RANGES, "num_prompts": (0, _INFINITY), "batch_size": (1, _INFINITY)},
@@ -108,7 +109,8 @@ def default_config() -> ml_collections.ConfigDict:
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
-        "batch_size": 64,
+        "batch_size": 64,  # responses sampled together
+        "cache_tokens": 0,  # room in the cache, for all of these together; 0: for the longest that each could get
         "shard_size": 512,  # prompts per finished file; a killed run repeats those that were not finished
         "engine": "jax",  # jax | openai: a server with OpenAI's API, to which the settings below belong
         "url": "",  # of the server, such as http://localhost:8000/v1
@@ -135,8 +137,11 @@ def default_config() -> ml_collections.ConfigDict:
         "steps": 320,
         "prompts_per_step": 16,
         "samples_per_prompt": 2,
+        "overlap": False,  # sample the next step's rollouts while a step trains, with the parameters before it
+        "routing_replay": False,  # train on the experts that were picked while sampling, not on those picked now
         "max_new_tokens": 32768,
         "temperature": 1.0,
+        "cache_tokens": 0,  # as in rollout
         "save_every": 10,
         "optimizer": {**optimizer, "learning_rate": 5e-6, "schedule": "constant", "warmup_fraction": 0.0},
       },

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
 import rich.console
 
 from zeda_jax.checkpoint.orbax import CheckpointStore
-from zeda_jax.data.packing import pack_row
 from zeda_jax.data.pipeline import prompt_batches, sft_batches
 from zeda_jax.data.rollouts import RolloutSource
 from zeda_jax.distill.metrics import MetricWriter
@@ -22,6 +22,7 @@ from zeda_jax.distill.objectives import Objective
 from zeda_jax.distill.optimizer import make_optimizer
 from zeda_jax.distill.placement import place_local, place_whole
 from zeda_jax.distill.recipe import optimizer_config, write_json
+from zeda_jax.distill.sampler import Sampler
 from zeda_jax.distill.step import Reference, TrainState, abstract_state, init_state, make_train_step
 from zeda_jax.distill.trainer import Batches, run_training
 from zeda_jax.distributed import on_mesh
@@ -29,9 +30,6 @@ from zeda_jax.distributed.agreement import from_primary, together
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import Decoder
 from zeda_jax.models.params import Params, combine, merge_model, split_model, trainable_partition
-from zeda_jax.rollout.generate import generate
-
-_ROW_MULTIPLE = 16  # on-policy rows are as long as the longest sequence may get, rounded up to this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +101,7 @@ class Stage:
         writer=MetricWriter(self.directory, self.name, self.console),
         log_every=settings.log_every,
         make_batch=on_policy if make_batch is not None else None,
+        snapshot=_copy_params if settings.get("overlap", False) else None,
         prepare=functools.partial(place, sharding=sharding, parts=settings.accumulate),
         label=self.name,
       )
@@ -142,6 +141,11 @@ class Stage:
     return merge_model(graphdef, combine(frozen, state.params))
 
 
+def _copy_params(state: TrainState) -> TrainState:
+  """The state as a sampler may keep it: its parameters are no longer those that the next step donates."""
+  return dataclasses.replace(state, params=jax.tree.map(jnp.copy, state.params))
+
+
 def run_sft(stage: Stage, student: Decoder, rollouts: Sequence[pathlib.Path]) -> Decoder:
   """Supervised distillation on the teacher's rollouts (paper section 3.3, first stage)."""
   settings = stage.settings
@@ -166,32 +170,7 @@ def run_opd(
     longest: tokens of the longest prompt; with max_new_tokens it fixes the shape of a batch.
   """
   settings = stage.settings
-  length = -(-(longest + settings.max_new_tokens) // _ROW_MULTIPLE) * _ROW_MULTIPLE
   batches = prompt_batches(len(indices), settings.prompts_per_step, stage.seed)
-
-  def sample(model: Decoder, raw: np.ndarray, step: int) -> dict[str, np.ndarray]:
-    prompts = [render(int(indices[i])) for i in raw for _ in range(settings.samples_per_prompt)]
-    seed = int(np.random.SeedSequence([stage.seed, step]).generate_state(1)[0] >> 1)
-    samples = generate(
-      model, prompts, settings.max_new_tokens, settings.temperature, seed=seed, batch_size=len(prompts), width=longest
-    )
-    return on_policy_batch(prompts, [s.tokens for s in samples], [s.logprobs for s in samples], length)
-
+  sampler = Sampler(settings, stage.seed, indices, render, longest)
   objective = Objective(settings.loss, settings.balance, settings.balance_tokens, settings.clip_low, settings.clip_high)
-  return stage.train(student, objective, batches, settings.steps, sample)
-
-
-def on_policy_batch(
-  prompts: Sequence[Sequence[int]],
-  responses: Sequence[Sequence[int]],
-  logprobs: Sequence[Sequence[float]],
-  length: int,
-) -> dict[str, np.ndarray]:
-  """One row per sampled sequence, with the log-probs it was sampled with in `old_logprobs` [B, T]."""
-  rows = []
-  for prompt, response, logprob in zip(prompts, responses, logprobs, strict=True):
-    row = dict(pack_row([{"prompt_tokens": prompt, "response_tokens": response}], length))
-    row["old_logprobs"] = np.zeros(length, np.float32)
-    row["old_logprobs"][row["loss_mask"] > 0] = logprob
-    rows.append(row)
-  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+  return stage.train(student, objective, batches, settings.steps, sampler)

@@ -44,10 +44,10 @@ def init_state(
   params: Params, optimizer: optax.GradientTransformation, seed: int, sharding: Sharding | None = None
 ) -> TrainState:
   """A fresh state, on a mesh made in place on every device. Parameters are copied, since steps donate their state."""
-  if sharding is None:
-    return _fresh_state(params, optimizer, seed)
   make = functools.partial(_fresh_state, optimizer=optimizer, seed=seed)
-  return jax.jit(make, out_shardings=sharding.state(jax.eval_shape(make, params)))(params)
+  # Without a mesh, too, one program makes it: all of it then lies where a step leaves it, which is compiled once.
+  places = None if sharding is None else sharding.state(jax.eval_shape(make, params))
+  return jax.jit(make, out_shardings=places)(params)
 
 
 def abstract_state(

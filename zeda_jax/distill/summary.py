@@ -5,8 +5,8 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import jax
 import ml_collections
@@ -52,21 +52,28 @@ def describe(
     console.print(line, highlight=False, soft_wrap=True)
 
 
+class Show(Protocol):
+  """(done, total, what else there is to say)"""
+
+  def __call__(self, done: int, total: int, note: str = "", /) -> None: ...
+
+
 @contextlib.contextmanager
-def progress(console: rich.console.Console, label: str) -> Iterator[Callable[[int, int], None]]:
-  """A progress bar on a terminal, at most a line every ten seconds elsewhere; yields (done, total) -> None."""
+def progress(console: rich.console.Console, label: str) -> Iterator[Show]:
+  """A progress bar on a terminal, at most a line every ten seconds elsewhere; yields what takes the news."""
   if console.is_terminal:
-    with rich.progress.Progress(console=console) as bar:
-      task = bar.add_task(label, total=None)
-      yield lambda done, total: bar.update(task, completed=done, total=total)
+    columns = *rich.progress.Progress.get_default_columns(), rich.progress.TextColumn("{task.fields[note]}")
+    with rich.progress.Progress(*columns, console=console) as bar:
+      task = bar.add_task(label, total=None, note="")
+      yield lambda done, total, note="", /: bar.update(task, completed=done, total=total, note=note)
     return
   printed = time.monotonic()
 
-  def show(done: int, total: int) -> None:
+  def show(done: int, total: int, note: str = "", /) -> None:
     nonlocal printed
     if done == total or time.monotonic() - printed > 10:
       printed = time.monotonic()
-      console.print(f"{label} {done}/{total}", highlight=False)
+      console.print(f"{label} {done}/{total}{note and ', ' + note}", highlight=False)
 
   yield show
 

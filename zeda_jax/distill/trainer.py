@@ -85,6 +85,7 @@ def run_training(
   writer: MetricWriter,
   log_every: int = 1,
   make_batch: Callable[[State, Any, int], Any] | None = None,
+  snapshot: Callable[[State], State] | None = None,
   prepare: Callable[[Any], Any] | None = None,
   metadata: Mapping[str, Any] | None = None,
   abort_on_nonfinite: bool = True,
@@ -92,8 +93,8 @@ def run_training(
 ) -> State:
   """Runs `step_fn` until `num_steps` steps are done, going on from the newest checkpoint in `store`.
 
-  With a deterministic step the result does not depend on how often the run was killed and resumed: state and data
-  position are saved together, and metrics are written before the checkpoint that contains their step.
+  With a deterministic step the result does not depend on how often the run was killed and resumed (but see `snapshot`):
+  state and data position are saved together, and metrics are written before the checkpoint that contains their step.
 
   Args:
     state: initial train state, its rng key included. Where `store` has a checkpoint only shapes, dtypes and shardings
@@ -109,6 +110,9 @@ def run_training(
       step_seconds and tokens_per_second are wall-clock means since the row before (first row: compilation included).
     make_batch: (state, raw batch, number of finished steps) -> batch, for batches that come from the student itself;
       called only with a state whose last step was found finite.
+    snapshot: a copy of what `make_batch` reads of a state. Where it is given, batches are made one step ahead: the next
+      one by the state before the step that is being computed meanwhile. The first batch of a run, and the first after
+      it went on from a checkpoint, is made by the newest state.
     prepare: batch -> batch, placement on devices; runs while the previous step is still computing.
     metadata: small JSON-able dictionary stored with each checkpoint.
     abort_on_nonfinite: whether NaN or Inf stops the run.
@@ -134,29 +138,44 @@ def run_training(
   log = _Log(store, writer, step, num_steps, log_every, abort_on_nonfinite, label)
   vote = Vote()
   writer.start(step, num_steps)
+
+  def take() -> Any:
+    raw = next(batches, None)
+    if raw is None:
+      raise ZedaError(f"the data of {label} ended after {step} of {num_steps} steps: lower the number of steps.")
+    return raw
+
+  ahead: Any = None  # the next batch, where it is made already
   with StopSignal() as stop:
     try:
       while step < num_steps:
-        raw = next(batches, None)
-        if raw is None:
-          raise ZedaError(f"the data of {label} ended after {step} of {num_steps} steps: lower the number of steps.")
-        batch = raw
-        if make_batch is not None:
+        if ahead is not None:
+          batch, ahead = ahead, None
+        elif make_batch is None:
+          batch = take()
+        else:
+          raw = take()
           log.flush()
           batch = make_batch(state, raw, step)
+        position = batches.get_state()
         if prepare is not None:
           batch = prepare(batch)
+        before = None if snapshot is None or step + 1 == num_steps else snapshot(state)
         state, metrics = step_fn(state, batch)
         step += 1
         log.add(step, metrics)
         # With several processes the answer is a step old, so that the devices need not wait; but before a batch is
         # made, which takes long, they do so anyway.
-        stopping = vote(stop.requested, wait=make_batch is not None) and step < num_steps
+        wait = make_batch is not None and snapshot is None
+        stopping = vote(stop.requested, wait=wait) and step < num_steps
+        if before is not None and not stopping:  # while the devices compute the step
+          assert make_batch is not None
+          ahead = make_batch(before, take(), step)
         if step % save_every == 0 or step == num_steps or stopping:
           log.flush()
           if abort_on_nonfinite:
             log.check_state(step, state)
-          store.save(step, state, batches.get_state(), metadata)
+          store.save(step, state, position, metadata)
         if stopping:
           store.wait()
           raise StoppedEarly(

@@ -77,7 +77,8 @@ def evaluate(
   stamps = [(0, time.perf_counter())]
 
   def note(done: int, total: int) -> None:
-    stamps.append((done, time.perf_counter()))
+    if done - stamps[-1][0] >= batch_size or done == total:
+      stamps.append((done, time.perf_counter()))
     if progress is not None:
       progress(done, total)
 
@@ -91,7 +92,6 @@ def evaluate(
     seed,
     batch_size=batch_size,
     zero_expert_bias=zero_expert_bias,
-    width=max(len(p) for p in prompts),
     progress=note,
   )
   right: dict[str, list[bool]] = {}
@@ -120,7 +120,7 @@ def evaluate(
 
 
 def _steady_seconds(stamps: Sequence[tuple[int, float]]) -> float:
-  """Time of all prompts at the pace after the first batch, which may have compiled; all there is for one batch."""
+  """Time of all prompts at the pace after the first ones, which may have compiled; all there is for one batch."""
   (first, begin), (total, end) = stamps[1] if len(stamps) > 2 else stamps[0], stamps[-1]
   return (end - begin) * total / (total - first)
 

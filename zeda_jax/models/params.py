@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx, traverse_util
 
+from zeda_jax.config import ModelConfig
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import Decoder, abstract_decoder
 from zeda_jax.sharding import Sharding
@@ -33,14 +34,37 @@ def reconfigured(model: Decoder, **changes: object) -> Decoder:
 
 
 def resharded(model: Decoder, sharding: Sharding) -> Decoder:
-  """A copy of a sharded `model`, its parameters where another sharding of the same devices wants them."""
+  """A sharded `model` with its parameters where another sharding of the same devices wants them."""
   graphdef, params = split_model(reconfigured(model, sharding=sharding))
-  return merge_model(graphdef, _moved(params, sharding))
+  return merge_model(graphdef, moved(params, sharding.state(params)))
 
 
-@functools.partial(jax.jit, static_argnames="sharding")
-def _moved(params: Params, sharding: Sharding) -> Params:
-  return jax.lax.with_sharding_constraint(params, sharding.state(params))
+def moved(params: Params, places: Any) -> Params:
+  """The parameters at other places of the same devices; those that lie there already are not copied.
+
+  Args:
+    params: as `split_model` gives them.
+    places: a tree of shardings alike.
+  """
+  leaves, targets = jax.tree.leaves(params), jax.tree.leaves(places)
+  pairs = list(enumerate(zip(leaves, targets, strict=True)))
+  away = [i for i, (x, place) in pairs if not x.sharding.is_equivalent_to(place, x.ndim)]
+  if away:
+    for i, leaf in zip(away, _move([leaves[i] for i in away], tuple(targets[i] for i in away)), strict=True):
+      leaves[i] = leaf
+  return jax.tree.unflatten(jax.tree.structure(params), list(map(_renamed, leaves, targets)))
+
+
+def _renamed(x: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
+  """The same buffers under the given name of where they lie: jit knows programs by these names."""
+  if x.sharding == place:
+    return x
+  return jax.make_array_from_single_device_arrays(x.shape, place, [shard.data for shard in x.addressable_shards])
+
+
+@functools.partial(jax.jit, static_argnames="places")
+def _move(leaves: list[jax.Array], places: tuple[jax.sharding.Sharding, ...]) -> list[jax.Array]:
+  return [jax.lax.with_sharding_constraint(x, place) for x, place in zip(leaves, places, strict=True)]
 
 
 def unstacked(graphdef: nnx.GraphDef, params: Params) -> tuple[nnx.GraphDef, Params]:
@@ -52,8 +76,12 @@ def unstacked(graphdef: nnx.GraphDef, params: Params) -> tuple[nnx.GraphDef, Par
     for number, run in enumerate(config.layer_runs)
     for place in range(run.length)
   ]
-  structure, _ = nnx.split(abstract_decoder(config.replace(stack_layers=False)))
-  return structure, params | {"runs": dict(enumerate(layers))}
+  return _structure(config.replace(stack_layers=False)), params | {"runs": dict(enumerate(layers))}
+
+
+@functools.lru_cache(maxsize=16)
+def _structure(config: ModelConfig) -> nnx.GraphDef:
+  return nnx.split(abstract_decoder(config))[0]
 
 
 def partition(params: Params, chosen: Callable[[Path], bool]) -> tuple[Params, Params]:

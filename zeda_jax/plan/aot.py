@@ -1,15 +1,18 @@
 """The TPU compiler on a machine without a TPU: where it is, what it must be told, and what it says of a program."""
 
 import importlib.util
-import math
 import os
 import pathlib
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zeda_jax.errors import ZedaError
+
+if TYPE_CHECKING:  # both import JAX, which must find the environment below
+  from zeda_jax.plan.program import Sent
+  from zeda_jax.sharding import Sharding
 
 # What libtpu asks the machine for when there is no TPU in it. Set before JAX is imported.
 ENVIRONMENT = {
@@ -26,17 +29,29 @@ ENVIRONMENT = {
 # Half the time to compile, with the same collectives. On slices of 2 x 2 chips the compiler crashes then when it sums a
 # small array and cuts it over all four.
 QUICKLY = {"exec_time_optimization_effort": -1.0}
-_TOO_FEW_TO_BE_QUICK = 4  # devices
+TOO_FEW_TO_BE_QUICK = 4  # devices
+
+_SIZE = r"([\d.]+)([KMGT]?)(?:i?B)?"
+_TOO_LARGE = {
+  "needed": rf"Used {_SIZE} of [\d.]+[KMGT]?(?:i?B)? hbm",
+  "temporaries": rf"required for HLO temporaries \({_SIZE}\) exceeds",
+}
 
 
 class Compiled(NamedTuple):
-  """What the compiler says of one device's program; `text` is None where it does not fit."""
+  """What the compiler says of one device's program.
 
-  arguments: float  # bytes
-  outputs: float  # bytes of results that do not replace arguments
+  Attributes:
+    outputs: bytes of results that do not replace arguments.
+    temporaries: bytes beside arguments and results.
+    needed: bytes in all, where the compiler refused the program and told them; else 0.
+    traffic: what it sends; None where the compiler refused it for its memory.
+  """
+
+  outputs: float
   temporaries: float
-  needed: float  # bytes in all, where the compiler refused the program as too large; else 0
-  text: str | None
+  needed: float
+  traffic: "list[Sent] | None"
 
 
 def find_libtpu() -> bool:
@@ -66,37 +81,48 @@ def describe_devices(name: str) -> Sequence[Any]:
 
 
 def compile_program(
-  function: Any, arguments: tuple[Any, ...], mesh: Any, static: dict[str, Any] | None = None
+  function: Any, arguments: tuple[Any, ...], sharding: "Sharding", static: dict[str, Any], quickly: bool
 ) -> Compiled:
-  """Compiles a jitted function for the devices of the mesh.
+  """Compiles a jitted function for the devices of the mesh. A compiler that crashes takes this process with it: see
+  plan/apart.py.
+
+  Args:
+    function: jitted.
+    arguments: as shapes that lie where they will.
+    sharding: whose mesh has the topology's devices.
+    static: the function's static arguments.
+    quickly: with QUICKLY, where it is known to work.
 
   Raises:
     ZedaError: the compiler fails for another reason than memory.
   """
   import jax
 
-  with jax.set_mesh(mesh):
-    lowered = function.lower(*arguments, **(static or {}))
+  from zeda_jax.plan.program import sent
+
+  with jax.set_mesh(sharding.mesh):
+    lowered = function.lower(*arguments, **static)
     try:
-      compiled = lowered.compile(compiler_options=QUICKLY if mesh.size > _TOO_FEW_TO_BE_QUICK else None)
+      compiled = lowered.compile(compiler_options=QUICKLY if quickly else None)
     except jax.errors.JaxRuntimeError as error:
-      needed = _refused(str(error))
-      if not needed:
+      refused = refusal(str(error))
+      if refused is None:
         raise ZedaError(f"The TPU compiler fails: {' '.join(str(error).split())[:400]}") from error
-      return Compiled(0, 0, 0, needed, None)
+      return refused
   memory = compiled.memory_analysis()
   return Compiled(
-    arguments=memory.argument_size_in_bytes,
     outputs=max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
     temporaries=memory.temp_size_in_bytes,
     needed=0,
-    text=compiled.as_text(),
+    traffic=sent(compiled.as_text(), sharding.capacity if sharding.expert_devices > 1 else 1.0),
   )
 
 
-def _refused(message: str) -> float:
-  """Bytes that a program which was refused for its memory needs; 0 if that was not the reason."""
-  found = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", message)
-  if found is not None:
-    return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
-  return math.inf if "RESOURCE_EXHAUSTED" in message else 0
+def refusal(message: str) -> Compiled | None:
+  """What the compiler tells of a program that is too large for the memory; None if that was not the reason."""
+  for what in ("needed", "temporaries"):
+    found = re.search(_TOO_LARGE[what], message)
+    if found is not None:
+      size = float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
+      return Compiled(outputs=0, traffic=None, **{"needed": 0.0, "temporaries": 0.0, what: size})
+  return Compiled(0, 0, 0, None) if "RESOURCE_EXHAUSTED" in message else None

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from zeda_jax.config import ModelConfig
-from zeda_jax.models.cache import init_cache
 from zeda_jax.ops.token_losses import CHUNK_BYTES
 from zeda_jax.plan.program import Sent
 from zeda_jax.plan.steps import Batch, Models, bytes_per_device
@@ -36,6 +35,11 @@ def _parts(params: Any) -> tuple[float, float]:
   names = lambda path: [getattr(key, "key", None) for key in path]
   experts = sum(math.prod(x.shape) for path, x in leaves if "experts" in names(path))
   return float(experts), _numbers(params["runs"]) - experts
+
+
+def numbers_by_kind(params: Any) -> dict[str, float]:
+  """How many numbers the layers have: in "experts", and in all "others"."""
+  return dict(zip(("experts", "others"), _parts(params), strict=True))
 
 
 def kept_activations(config: ModelConfig, tokens: int) -> float:
@@ -104,33 +108,14 @@ def train_traffic(models: Models, batch: Batch, sharding: Sharding, ragged: bool
   found = [
     Sent("all-gather", data if data > 1 else everything, gathered),
     Sent("reduce-scatter", data if data > 1 else everything, summed * batch.parts),
-    _rows(expert, exchanged, sharding, ragged),
+    row_traffic(expert, exchanged, sharding, ragged),
   ]
   return [s for s in found if s.bytes > 0]
 
 
-def _rows(group: int, size: float, sharding: Sharding, ragged: bool) -> Sent:
+def row_traffic(group: int, size: float, sharding: Sharding, ragged: bool) -> Sent:
+  """`size` bytes of rows that travel, in buffers with room for more of them where they can't travel alone."""
   return Sent("ragged-all-to-all", group, size) if ragged else Sent("all-to-all", group, size * sharding.capacity)
-
-
-def rollout_temporaries(models: Models, batch: Batch, sharding: Sharding) -> dict[str, float]:
-  """Bytes by kind: the cache, and what reading the prompts takes."""
-  devices = sharding.num_devices
-  rows = batch.rows_at_once(devices)
-  cache = jax.eval_shape(lambda: init_cache(models.config, rows, batch.length))
-  stored = float(sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache)))
-  tokens = rows * batch.prompt
-  working = expert_buffers(models.config, sharding, tokens, backward=False) + 4 * CHUNK_BYTES
-  return {"cache": stored, "temporaries": working + rows * models.config.vocab_size * 4 * 4}
-
-
-def rollout_traffic(models: Models, batch: Batch, sharding: Sharding, ragged: bool = True) -> list[Sent]:
-  """What one device sends until all rows are generated: rows alone, for matrices stay where they are."""
-  config, (data, expert) = models.config, _sizes(sharding)
-  rows = batch.rows_at_once(data * expert) * batch.length * config.num_experts_per_tok
-  size = rows * config.hidden_size * jnp.dtype(config.dtype).itemsize
-  exchanged = 2 * sum(config.moe_layers) * (expert - 1) / expert * size
-  return [_rows(expert, exchanged, sharding, ragged)] if exchanged else []
 
 
 def train_memory_traffic(models: Models, batch: Batch, sharding: Sharding, zero_ratio: float = 0.0) -> float:
@@ -150,20 +135,9 @@ def train_memory_traffic(models: Models, batch: Batch, sharding: Sharding, zero_
   return matrices + layers + rows + logits + optimizer
 
 
-def rollout_memory_traffic(models: Models, batch: Batch, sharding: Sharding) -> float:
-  """The same for generation: each token reads all matrices and half of the final cache."""
-  experts, others = _parts(models.teacher_params)
-  size = jnp.dtype(models.config.dtype).itemsize
-  whole = experts / sharding.expert_devices + others + models.config.vocab_size * models.config.hidden_size
-  cache = rollout_temporaries(models, batch, sharding)["cache"]
-  return (batch.length - batch.prompt) * (whole * size + cache / 2)
-
-
-def arguments(models: Models, sharding: Sharding, optimizer_state: Any | None) -> dict[str, float]:
+def arguments(models: Models, sharding: Sharding, optimizer_state: Any) -> dict[str, float]:
   """Bytes of what lives between steps, by kind. What student and teacher share counts once, as the teacher's."""
   teacher = bytes_per_device(models.teacher_params, sharding)
-  if optimizer_state is None:
-    return {"parameters": teacher}
   return {
     "parameters": bytes_per_device(models.own(), sharding),
     "optimizer": bytes_per_device(optimizer_state, sharding),

@@ -1,4 +1,4 @@
-"""One plan: a stage of the recipe on a topology, compiled or estimated."""
+"""One plan: a training stage of the recipe on a topology, compiled or estimated. (Generation: engine.py.)"""
 
 import dataclasses
 import math
@@ -6,24 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import ml_collections
-from jax.sharding import AbstractMesh
+from flax import traverse_util
 
 from zeda_jax.config import ModelConfig
 from zeda_jax.errors import ZedaError
-from zeda_jax.plan import aot, estimate, work
+from zeda_jax.plan import estimate, work
+from zeda_jax.plan.aot import Compiled
+from zeda_jax.plan.apart import CompilerCrash, compile_apart, crash_note
 from zeda_jax.plan.chips import Topology
-from zeda_jax.plan.program import Sent, sent
+from zeda_jax.plan.program import Sent
 from zeda_jax.plan.roofline import Times, step_times
 from zeda_jax.plan.steps import (
   Batch,
   Models,
   abstract_models,
-  rollout_program,
+  make_sharding,
   stage_batch,
   train_arguments,
-  train_program,
 )
-from zeda_jax.sharding import MESH_AXES, Sharding, make_mesh, mesh_sizes, ragged_exchange
+from zeda_jax.plan.worker import Job
+from zeda_jax.sharding import ragged_exchange
 
 RATIOS = (0.0, 0.5)  # r_ZE, for which times are given
 
@@ -40,6 +42,7 @@ class Plan:
   mesh: dict[str, int]
   settings: dict[str, Any]  # those that decide memory
   source: str  # "compiled" or "estimate"
+  note: str  # why it is an estimate though the compiler was asked; "" otherwise
   rows: int  # that the recipe asks for
   padded_rows: int
   row_length: int
@@ -80,56 +83,47 @@ def make_plan(
   """The plan of `config` as it is.
 
   Raises:
-    ZedaError: the mesh, the experts or the rows do not fit the topology.
+    ZedaError: the mesh, the experts or the rows do not fit the topology; or the compiler takes no such program.
   """
-  sizes = mesh_sizes(topology.devices, config.mesh.data, config.mesh.expert, model.num_experts)
-  mesh: Any
-  if compiling:
-    mesh = make_mesh(*sizes, num_experts=model.num_experts, devices=aot.describe_devices(topology.name))
-  else:
-    mesh = AbstractMesh(sizes, MESH_AXES)
-  sharding = Sharding(mesh, capacity=config.mesh.capacity)
+  sharding = make_sharding(config, model, topology.name, stage)
   batch = stage_batch(config, stage, prompt_tokens)
   if batch.length > model.max_position_embeddings:
     raise ZedaError(
       f"Rows of {batch.length} tokens exceed the model's context of {model.max_position_embeddings}: lower "
       f"config.{stage}.{'row_length' if stage == 'sft' else 'max_new_tokens'}."
     )
-  training, ragged = stage != "rollout", ragged_exchange(topology.chip.kind, topology.devices)
-  if not training:
-    sharding = sharding.for_generation(model.num_experts)
-    sizes = sharding.mesh.shape["data"], sharding.mesh.shape["expert"]
-  models = abstract_models(config, model, sharding, config[stage].trainable if training else "all")
-  if training:
-    state = train_arguments(config, stage, models, batch, sharding)[0]
-    kinds = estimate.arguments(models, sharding, state.opt_state)
-    kinds |= estimate.train_temporaries(models, batch, sharding)
-    traffic = estimate.train_traffic(models, batch, sharding, ragged)
-  else:
-    kinds = estimate.arguments(models, sharding, None) | estimate.rollout_temporaries(models, batch, sharding)
-    traffic = estimate.rollout_traffic(models, batch, sharding, ragged)
-  source, needed = "estimate", sum(kinds.values())
+  models = abstract_models(config, model, sharding, config[stage].trainable)
+  state = train_arguments(config, stage, models, batch, sharding)[0]
+  kinds = estimate.arguments(models, sharding, state.opt_state)
+  kinds |= estimate.train_temporaries(models, batch, sharding)
+  ragged = ragged_exchange(topology.chip.kind, topology.devices)
+  traffic = estimate.train_traffic(models, batch, sharding, ragged)
+  source, note, needed = "estimate", "", sum(kinds.values())
   if compiling:
-    compiled = _compile(config, stage, models, batch, sharding)
-    source, needed, kinds = "compiled", *_measured(kinds, compiled, _held(kinds))
-    if compiled.text is not None:
-      traffic = sent(compiled.text, sharding.capacity if sharding.expert_devices > 1 else 1.0)
+    try:
+      compiled = compile_apart(job_of(config, model, topology, stage, prompt_tokens, "step"), topology.devices)
+      source, kinds = "compiled", _measured(kinds, compiled)
+      needed = needed_bytes(compiled, kinds, topology.memory)
+      traffic = traffic if compiled.traffic is None else compiled.traffic
+    except CompilerCrash as crash:
+      note = crash_note(crash)
   flops = {str(r): _flops(config, stage, models, batch, topology.devices, r) for r in RATIOS}
   devices = topology.devices
   times = {}
   for ratio in RATIOS:
     total = sum(flops[str(ratio)].values()) / devices
-    moved = _memory_traffic(stage, models, batch, sharding, ratio)
-    times[str(ratio)] = step_times(topology, total, moved, _with_ratio(traffic, ratio, training))
+    moved = estimate.train_memory_traffic(models, batch, sharding, ratio)
+    times[str(ratio)] = step_times(topology, total, moved, _with_ratio(traffic, ratio))
   return Plan(
     model=name,
     stage=stage,
     topology=topology.name,
     chips=topology.chips,
     devices=devices,
-    mesh=dict(zip(MESH_AXES, sizes, strict=True)),
+    mesh=dict(sharding.mesh.shape),
     settings=deciding_settings(config, stage),
     source=source,
+    note=note,
     rows=batch.rows,
     padded_rows=batch.padded(devices),
     row_length=batch.length,
@@ -139,7 +133,7 @@ def make_plan(
     flops={r: {kind: value / devices for kind, value in by.items()} for r, by in flops.items()},
     traffic=traffic,
     times=times,
-    tokens=batch.rows * (batch.length - (0 if training else batch.prompt)),
+    tokens=batch.rows * batch.length,
   )
 
 
@@ -161,34 +155,42 @@ def deciding_settings(config: ml_collections.ConfigDict, stage: str) -> dict[str
   return found
 
 
-def _compile(
-  config: ml_collections.ConfigDict, stage: str, models: Models, batch: Batch, sharding: Sharding
-) -> aot.Compiled:
-  if stage == "rollout":
-    function, arguments, static = rollout_program(config, models, batch, sharding)
-    return aot.compile_program(function, arguments, sharding.mesh, static)
-  return aot.compile_program(*train_program(config, stage, models, batch, sharding), sharding.mesh)
+def job_of(
+  config: ml_collections.ConfigDict,
+  model: ModelConfig,
+  topology: Topology,
+  stage: str,
+  prompt_tokens: int,
+  program: str,
+  dynamic: bool = False,
+) -> Job:
+  """What a process needs to know to compile one program."""
+  settings = traverse_util.flatten_dict(config.to_dict(), sep=".")
+  raw = dict(model.hf_config)
+  return Job(settings, raw, topology.name, stage, prompt_tokens, program, dynamic, quickly=False)
 
 
-def _held(kinds: dict[str, float]) -> float:
-  return sum(kinds.get(name, 0.0) for name in ("parameters", "optimizer", "teacher"))
+def needed_bytes(compiled: Compiled, kinds: dict[str, float], available: float) -> float:
+  """Bytes of one device, by what the compiler tells; more than there are where it refuses the program."""
+  needed = compiled.needed or sum(kinds.values())
+  return needed if compiled.traffic is not None else max(needed, math.nextafter(available, math.inf))
 
 
-def _measured(kinds: dict[str, float], compiled: aot.Compiled, held: float) -> tuple[float, dict[str, float]]:
-  """(bytes needed, bytes by kind), with what the compiler says in place of the estimated temporaries.
+def _measured(kinds: dict[str, float], compiled: Compiled) -> dict[str, float]:
+  """Bytes by kind, with what the compiler says in place of the estimated temporaries.
 
   Arrays that student and teacher share are two arguments of the program and one in memory: arguments are counted from
   the shapes, which the compiler's own number differs from by the batch and by padding of small arrays.
   """
-  if compiled.needed:
-    return compiled.needed, kinds
   temporaries = compiled.temporaries + compiled.outputs
+  if not temporaries:  # refused, and not told
+    return kinds
   chosen = lambda names: {name: kinds[name] for name in names if name in kinds}
-  named = chosen(("gradients", "activations", "cache"))
+  named = chosen(("gradients", "activations"))
   scale = min(1.0, temporaries / max(sum(named.values()), 1.0))
   named = {name: value * scale for name, value in named.items()}
   rest = {"temporaries": temporaries - sum(named.values())}
-  return held + temporaries, {**chosen(("parameters", "optimizer", "teacher")), **named, **rest}
+  return {**chosen(("parameters", "optimizer", "teacher")), **named, **rest}
 
 
 def _flops(
@@ -196,23 +198,13 @@ def _flops(
 ) -> dict[str, float]:
   """Of all rows on all devices, by kind; empty rows too, since a device with rows of its own is what takes longest."""
   rows = batch.padded(devices)
-  if stage == "rollout":  # the teacher's, which skips nothing
-    static = models.config.replace(num_zero_experts=0)
-    one = work.generation(static, batch.prompt, batch.length - batch.prompt)
-    return {kind: rows * value for kind, value in one._asdict().items()}
   return work.training(models.config, rows, batch.length, config[stage].trainable, ratio)._asdict()
 
 
-def _memory_traffic(stage: str, models: Models, batch: Batch, sharding: Sharding, ratio: float) -> float:
-  if stage == "rollout":
-    return estimate.rollout_memory_traffic(models, batch, sharding)
-  return estimate.train_memory_traffic(models, batch, sharding, ratio)
-
-
-def _with_ratio(traffic: list[Sent], ratio: float, training: bool) -> list[Sent]:
+def _with_ratio(traffic: list[Sent], ratio: float) -> list[Sent]:
   """The student's rows fall with 1 - r_ZE; the teacher's, weights and whole buffers are always sent."""
   student, teacher = (estimate.EXCHANGES[who] for who in ("student", "teacher"))
-  left = (student * (1 - ratio) + teacher) / (student + teacher) if training else 1.0
+  left = (student * (1 - ratio) + teacher) / (student + teacher)
   return [s._replace(bytes=s.bytes * left) if s.kind == "ragged-all-to-all" else s for s in traffic]
 
 
@@ -265,9 +257,6 @@ def faster_mesh(config: ml_collections.ConfigDict, plan: Plan, again: Callable[.
 
 def _candidates(plan: Plan, config: ml_collections.ConfigDict, model: ModelConfig) -> list[tuple[str, Any]]:
   found: list[tuple[str, Any]] = []
-  if plan.stage == "rollout":
-    halves = int(math.log2(max(plan.padded_rows // plan.devices, 1)))
-    return [("rollout.batch_size", plan.padded_rows >> i) for i in range(1, halves + 1)]
   expert = plan.mesh["expert"]
   wider = [
     ("mesh.expert", n)

@@ -1,13 +1,15 @@
-"""The real programs of the recipe's stages, as shapes: a training step with its teacher, and generation."""
+"""The real programs of the recipe's training stages, as shapes: a step of the student with its teacher."""
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx, traverse_util
+from jax.sharding import AbstractMesh
 
 from zeda_jax.config import ModelConfig
 from zeda_jax.distill.objectives import Objective
@@ -16,9 +18,8 @@ from zeda_jax.distill.recipe import optimizer_config
 from zeda_jax.distill.step import Reference, TrainState, make_train_step
 from zeda_jax.models.decoder import abstract_decoder
 from zeda_jax.models.params import Params, combine, partition, split_model, trainable_partition
-from zeda_jax.rollout.generate import generate_batch
-from zeda_jax.rollout.sampling import Sampling
-from zeda_jax.sharding import Sharding
+from zeda_jax.plan.chips import parse_topology
+from zeda_jax.sharding import MESH_AXES, Sharding, make_mesh, mesh_sizes
 
 STAGES = ("sft", "opd", "rollout")
 _STEPS = 1000  # of the schedule; changes no shape
@@ -31,7 +32,6 @@ class Batch:
   rows: int  # that the recipe asks for
   length: int  # tokens of a row
   parts: int = 1  # that are run one after the other
-  prompt: int = 0  # tokens of a row that are read, not generated (rollout)
 
   def padded(self, devices: int) -> int:
     multiple = devices * self.parts
@@ -43,14 +43,31 @@ class Batch:
 
 
 def stage_batch(config: ml_collections.ConfigDict, stage: str, prompt_tokens: int) -> Batch:
-  """The batch that a stage of the recipe trains on or generates."""
+  """The batch that a stage of the recipe trains on."""
   if stage == "sft":
     return Batch(config.sft.batch_size, config.sft.row_length, config.sft.accumulate)
-  if stage == "opd":
-    length = -(-(prompt_tokens + config.opd.max_new_tokens) // 16) * 16
-    return Batch(config.opd.prompts_per_step * config.opd.samples_per_prompt, length, config.opd.accumulate)
-  length = prompt_tokens + config.rollout.max_new_tokens
-  return Batch(config.rollout.batch_size, length, prompt=prompt_tokens)
+  length = -(-(prompt_tokens + config.opd.max_new_tokens) // 16) * 16
+  return Batch(config.opd.prompts_per_step * config.opd.samples_per_prompt, length, config.opd.accumulate)
+
+
+def make_sharding(
+  config: ml_collections.ConfigDict,
+  model: ModelConfig,
+  topology: str,
+  stage: str,
+  devices: Sequence[Any] | None = None,
+) -> Sharding:
+  """How a stage spreads the model over the slice; over no real devices where none are given.
+
+  Raises:
+    ZedaError: the mesh does not fit the slice or the experts.
+  """
+  sizes = mesh_sizes(parse_topology(topology).devices, config.mesh.data, config.mesh.expert, model.num_experts)
+  mesh: Any = AbstractMesh(sizes, MESH_AXES)
+  if devices is not None:
+    mesh = make_mesh(*sizes, num_experts=model.num_experts, devices=devices)
+  sharding = Sharding(mesh, capacity=config.mesh.capacity)
+  return sharding.for_generation(model.num_experts) if stage == "rollout" else sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,25 +139,6 @@ def train_arguments(
   types |= {"positions": jnp.int32} | ({"old_logprobs": jnp.float32} if stage == "opd" else {})
   shape = batch.padded(sharding.num_devices), batch.length
   return state, reference, {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in types.items()}
-
-
-def rollout_program(
-  config: ml_collections.ConfigDict, models: Models, batch: Batch, sharding: Sharding
-) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-  """(generation by the teacher, its arguments, its static arguments)"""
-  settings = config.rollout
-  rows = batch.padded(sharding.num_devices)
-  state = nnx.State(jax.tree.map(nnx.Param, placed(models.teacher_params, sharding)))
-  prompts = jax.ShapeDtypeStruct((rows, batch.prompt), jnp.int32)
-  lengths = jax.ShapeDtypeStruct((rows,), jnp.int32)
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-  by_row = placed((prompts, lengths, keys), sharding, rows=True)
-  static = {
-    "max_new_tokens": settings.max_new_tokens,
-    "sampling": Sampling(settings.temperature, settings.top_k, settings.top_p),
-    "eos_ids": (0,),
-  }
-  return generate_batch, (models.teacher, state, *by_row, jax.ShapeDtypeStruct((), jnp.float32)), static
 
 
 def placed(tree: Any, sharding: Sharding, rows: bool = False) -> Any:

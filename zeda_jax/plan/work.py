@@ -51,16 +51,15 @@ def forward(config: ModelConfig, length: int, zero_ratio: float = 0.0) -> Work:
   return _whole(config, layer, pairs, dense_layers, length)._replace(pairs=pairs / 2)
 
 
-def generation(config: ModelConfig, prompt: int, new: int, zero_ratio: float = 0.0) -> Work:
-  """One row: a prompt is read and `new` tokens are generated one by one, with the head for each of these."""
-  read, length = forward(config, prompt, zero_ratio), prompt + new
-  ends = [decode_flops(config, n, zero_ratio) for n in (length, max(prompt, 1))]
+def decoded(config: ModelConfig, before: int, new: int, zero_ratio: float = 0.0) -> Work:
+  """One row of `before` tokens to which `new` ones are added, one by one, with the head for each of them."""
+  length = before + new
+  ends = [decode_flops(config, n, zero_ratio) for n in (length, max(before, 1))]
   layer = LayerFlops(*(last - first for last, first in zip(*ends, strict=True)))
   one, two = (decode_flops(config, n).attention for n in (1, 2))
   per_pair = two - 2 * one
-  pairs = config.num_layers * per_pair / 2 * (length * (length - 1) - prompt * (prompt - 1))
-  written = _whole(config, layer, pairs, config.num_layers - sum(config.moe_layers), new)
-  return Work(*(a + b for a, b in zip(read._replace(head=0.0), written, strict=True)))
+  pairs = config.num_layers * per_pair / 2 * (length * (length - 1) - before * (before - 1))
+  return _whole(config, layer, pairs, config.num_layers - sum(config.moe_layers), new)
 
 
 def _whole(config: ModelConfig, layer: LayerFlops, pairs: float, dense_layers: int, tokens: int) -> Work:

@@ -13,23 +13,26 @@ or, as a server does it, from one thread:
 A prompt is read up to its last token; that one is the first input of decoding. So a prompt that several responses share
 and a response that goes on after it was set back start in the same way as any other (see rollout/scheduler.py).
 
-With `model.config.sharding`, slots and pages are shared out over all devices of the mesh. Each of several processes
-makes the same calls in the same order: what the host decides depends on nothing else.
+With `model.config.sharding`, slots and pages are shared out over all devices of the mesh, and the parameters are spread
+as decoding wants them (`Sharding.for_generation`). Each of several processes makes the same calls in the same order:
+what the host decides depends on nothing else.
 """
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
+from flax import nnx
 
 from zeda_jax.distributed import to_host
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import Decoder
-from zeda_jax.models.paged_cache import init_pages, page_bytes
-from zeda_jax.models.params import Params, split_model, unstacked
+from zeda_jax.models.paged_cache import Pages, init_pages, page_bytes, pages_sharding
+from zeda_jax.models.params import Params, moved, resharded, split_model, unstacked
 from zeda_jax.rollout.decoding import Chunk, Reading, copy_pages, decode, prefill
 from zeda_jax.rollout.inputs import make_copies, make_rows, make_slots
 from zeda_jax.rollout.pages import pages_for
@@ -45,7 +48,7 @@ class Engine:
   """Generates for many requests at once.
 
   Args:
-    model: static or dynamic decoder; its parameters are used where they are, not copied.
+    model: static or dynamic decoder; its parameters are used, not copied, but for those that a mesh wants elsewhere.
     num_slots: responses decoded together; on a mesh, a multiple of its devices.
     max_tokens: how many tokens the cache holds, of all responses together. None: 2048 a slot, or max_length if that
       is less. Requests wait, and running responses are set back, where it is full.
@@ -54,6 +57,8 @@ class Engine:
     chunk_steps: decode steps between two looks at the results: more cost less time on the host, and make a finished
       response's slot wait longer for the next one.
     prefill_tokens: about how many tokens are read at once, padding included; a longer prompt is read alone.
+    smallest_bucket: prompts are padded to at least so many tokens, rounded up to a power of two; each further power up
+      to the longest prompt compiles a program of its own.
     unstack_layers: keep another copy of the parameters, by layer (see `unstacked`): decoding is faster for it, and
       compiling takes longer with many layers. None: on a CPU.
 
@@ -71,13 +76,16 @@ class Engine:
     page_size: int = 64,
     chunk_steps: int = 16,
     prefill_tokens: int = 2048,
+    smallest_bucket: int = 16,
     unstack_layers: bool | None = None,
   ):
-    config = model.config
-    self.config = config
+    if model.config.sharding is not None:
+      model = resharded(model, model.config.sharding.for_generation(model.config.num_experts))
+    self.config = config = model.config
     self.max_length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
     max_tokens = num_slots * min(self.max_length, _DEFAULT_LENGTH) if max_tokens is None else max_tokens
     sizes = {"num_slots": num_slots, "page_size": page_size, "chunk_steps": chunk_steps}
+    sizes |= {"smallest_bucket": smallest_bucket}
     for name, size in (sizes | {"max_tokens": max_tokens, "prefill_tokens": prefill_tokens}).items():
       if size < 1:
         raise ZedaError(f"{name} is {size}; expected at least 1.")
@@ -88,7 +96,7 @@ class Engine:
         f"multiple of {shards}."
       )
     num_pages = pages_for(pages_for(max_tokens, page_size), shards) * shards
-    buckets = [_SMALLEST_BUCKET]
+    buckets = [max(_SMALLEST_BUCKET, 1 << (smallest_bucket - 1).bit_length())]
     while buckets[-1] < self.max_length:
       buckets.append(2 * buckets[-1])
     self._scheduler = Scheduler(num_slots, num_pages, page_size, buckets, prefill_tokens, chunk_steps, shards)
@@ -98,8 +106,12 @@ class Engine:
     self._stacked_graphdef, params = split_model(model)
     # What `update` expects: shape, type and place of each parameter.
     self._expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
-    self._set_params(params)
-    self._pages = init_pages(config, num_pages, page_size)
+    self._params: Params | None
+    self._graphdef, self._params = self._as_decoded(params)
+    # One program, compiled once, and pages that lie from the start where the other programs leave them.
+    where = pages_sharding(config.sharding) or jax.tree.leaves(params)[0].sharding
+    self._empty_pages = jax.jit(functools.partial(init_pages, config, num_pages, page_size), out_shardings=where)
+    self._pages: Pages | None = self._empty_pages()
     self._width = pages_for(self.max_length, page_size)
     self._num_stop_ids = 4
     self._next_id = 0
@@ -171,18 +183,30 @@ class Engine:
     """
     _check_same(self._expected, params)
     self._scheduler.preempt_all()
-    moved = lambda new, old: new if new.sharding == old.sharding else jax.device_put(new, old.sharding)
-    self._set_params(jax.tree.map(moved, params, self._expected))
+    places = jax.tree.map(lambda x: x.sharding, self._expected)
+    self._graphdef, self._params = self._as_decoded(moved(params, places))
+    if self._pages is None:
+      self._pages = self._empty_pages()
 
-  def _set_params(self, params: Params) -> None:
-    self._graphdef, self._params = self._stacked_graphdef, params
-    if self._unstack:
-      self._graphdef, self._params = unstacked(self._stacked_graphdef, params)
+  def release(self) -> None:
+    """Frees the memory of cache and parameters until the next `update`; requests wait meanwhile, as then."""
+    self._scheduler.preempt_all()
+    self._params = self._pages = None
+
+  def _as_decoded(self, params: Params) -> tuple[nnx.GraphDef, Params]:
+    """Structure and parameters in the form that the device's programs take."""
+    return unstacked(self._stacked_graphdef, params) if self._unstack else (self._stacked_graphdef, params)
 
   # --- work ---------------------------------------------------------------------------------------------------------
 
   def step(self) -> list[Update]:
-    """Reads one bucket of prompts, or else decodes one chunk of steps; does nothing if there is nothing to do."""
+    """Reads one bucket of prompts, or else decodes one chunk of steps; does nothing if there is nothing to do.
+
+    Raises:
+      ZedaError: its memory was released.
+    """
+    if self._params is None:
+      raise ZedaError("The engine's memory was released: call update with the parameters to go on with.")
     plan = self._scheduler.plan_prefill()
     start = time.perf_counter()
     if plan.rows:
@@ -207,21 +231,22 @@ class Engine:
 
     Args:
       requests: all are checked and queued before the first is answered.
-      progress: called with (responses completed, responses in all); what it raises ends the work. Ending it early, by
-        that or by leaving the loop, cancels what is left.
+      progress: called with (responses completed, responses in all) after each step, whether it completed any or not;
+        what it raises ends the work. Ending it early, by that or by leaving the loop, cancels what is left.
     """
     places = {self.add(request): place for place, request in enumerate(requests)}
     done, total = 0, sum(request.n for request in requests)
     try:
       while done < total:
-        for update in self.step():
-          if update.completion is not None and update.id in places:
-            done += 1
-            if progress is not None:
-              progress(done, total)
-            yield places[update.id], update.completion
+        found = [u for u in self.step() if u.completion is not None and u.id in places]
+        done += len(found)
+        if progress is not None:
+          progress(done, total)
+        for update in found:
+          assert update.completion is not None
+          yield places[update.id], update.completion
     finally:
-      for id in places if done < total else ():
+      for id in places:
         self.cancel(id)
 
   # --- on the device ------------------------------------------------------------------------------------------------

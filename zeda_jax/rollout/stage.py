@@ -3,16 +3,22 @@
 import collections
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from zeda_jax.data.prompts import Prompts
 from zeda_jax.data.rollouts import finished_shards, make_record, shard_range, write_shard
 from zeda_jax.distributed import is_primary
 from zeda_jax.distributed.agreement import from_primary, raise_together, together
 from zeda_jax.models.decoder import Decoder
-from zeda_jax.rollout.generate import generate
+from zeda_jax.rollout.engine import Engine
+from zeda_jax.rollout.generate import engine_for, to_sample
+from zeda_jax.rollout.requests import Completion, Request
 
-Progress = Callable[[int, int], None]  # (prompts answered, prompts in all)
+
+class Progress(Protocol):
+  """(prompts answered, prompts in all, what else may be shown)"""
+
+  def __call__(self, done: int, total: int, note: str = "", /) -> None: ...
 
 
 def num_shards(num_prompts: int, shard_size: int) -> int:
@@ -33,10 +39,11 @@ def sample_rollouts(
   prompts: Prompts,
   indices: Sequence[int],
   render: Callable[[int], list[int]],
+  longest: int,
   directory: pathlib.Path,
   settings: Any,
   seed: int,
-  progress: Progress = lambda done, total: None,
+  progress: Progress = lambda done, total, note="", /: None,
 ) -> None:
   """Writes one response per prompt to rollouts-*.jsonl, going on after the shards that exist.
 
@@ -48,23 +55,28 @@ def sample_rollouts(
     prompts: records; their fields are carried into the rollouts.
     indices: which of them to answer.
     render: prompt number -> token ids.
+    longest: tokens of the longest prompt.
     directory: of the shards.
     settings: the recipe's `rollout` section.
     seed: of the sampling.
-    progress: called between batches; may raise to stop, which drops the unfinished shard.
+    progress: called now and then; may raise to stop, which drops the unfinished shard.
   """
   shards = num_shards(len(indices), settings.shard_size)
   done = set(_finished(directory, shards))
+  left = [shard for shard in range(shards) if shard not in done]
   answered = sum(len(shard_range(s, shards, len(indices))) for s in done)
   progress(answered, len(indices))
-  for shard in range(shards):
-    if shard in done:
-      continue
+  if not left:
+    return
+  engine = engine_for(model, settings.batch_size, longest, settings.max_new_tokens, settings.cache_tokens)
+  speed = lambda: f"{engine.statistics().tokens_per_second:.0f} tokens/s"
+  for shard in left:
     mine = [int(indices[i]) for i in shard_range(shard, shards, len(indices))]
-    records = _answer(model, prompts, mine, render, settings, seed, lambda n: progress(answered + n, len(indices)))  # noqa: B023
+    show = lambda n: progress(answered + n, len(indices), speed())  # noqa: B023
+    records = _answer(engine, prompts, mine, render, settings, seed, show)
     together(lambda: _write(directory, shard, shards, records))  # noqa: B023
     answered += len(mine)
-    progress(answered, len(indices))
+    progress(answered, len(indices), speed())
 
 
 def _write(directory: pathlib.Path, shard: int, shards: int, records: Iterator[dict[str, Any]]) -> None:
@@ -76,7 +88,7 @@ def _write(directory: pathlib.Path, shard: int, shards: int, records: Iterator[d
 
 
 def _answer(
-  model: Decoder,
+  engine: Engine,
   prompts: Prompts,
   indices: Sequence[int],
   render: Callable[[int], list[int]],
@@ -84,22 +96,27 @@ def _answer(
   seed: int,
   progress: Callable[[int], None],
 ) -> Iterator[dict[str, Any]]:
-  for first in range(0, len(indices), settings.batch_size):
+  """The records of one shard. Its prompts share the slots; a shard does not begin before the last one is whole, so
+  that a resumed run computes the very same."""
+  tokens = [render(i) for i in indices]
+  sampling = {name: getattr(settings, name) for name in ("temperature", "top_k", "top_p")}
+  requests = [
+    Request(prompt, settings.max_new_tokens, seed=seed, stream=i, **sampling)
+    for i, prompt in zip(indices, tokens, strict=True)
+  ]
+
+  def show(done: int, total: int) -> None:
     raise_together()  # if the records before these could not be written
-    if first:  # the last batch is reported once its shard is on disk
-      progress(first)
-    batch = indices[first : first + settings.batch_size]
-    tokens = [render(i) for i in batch]
-    samples = generate(
-      model,
-      tokens,
-      settings.max_new_tokens,
-      settings.temperature,
-      settings.top_k,
-      settings.top_p,
-      seed,
-      batch_size=settings.batch_size,
-      stream_ids=batch,
-    )
-    for index, prompt, sample in zip(batch, tokens, samples, strict=True):
-      yield make_record(prompts[index], index, prompt, sample.tokens, sample.logprobs, finished=sample.finished)
+    if done < total:  # the last ones are reported once the shard is on disk
+      progress(done)
+
+  found: dict[int, Completion] = {}
+  written = 0
+  for place, completion in engine.run(requests, show):
+    found[place] = completion
+    while written in found:
+      sample, index = to_sample(found.pop(written)), indices[written]
+      yield make_record(
+        prompts[index], index, tokens[written], sample.tokens, sample.logprobs, finished=sample.finished
+      )
+      written += 1
