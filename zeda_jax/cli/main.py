@@ -20,6 +20,7 @@ COMMANDS = {
   "export": ("adapt", "adapt, up to the exported Hugging Face directory"),
   "compare": ("compare", "adapt, and baselines beside it in one table: AdaMoE, truncation, ..."),
   "plan": ("plan", "whether a stage fits a TPU slice, and about how fast it can be"),
+  "report": ("report", "a page on an adapted model: what it skips, where, at what price"),
   "inject": ("inject", "add zero experts to a Hugging Face directory, untrained"),
   "generate": ("generate", "answer prompts with a static or dynamic checkpoint"),
   "serve": ("serve", "an OpenAI-compatible HTTP server for a static or dynamic checkpoint"),
