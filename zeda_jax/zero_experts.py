@@ -45,6 +45,7 @@ class Routing(NamedTuple):
   picks: Int[Array, "T K"]
   weights: Float[Array, "T K"]
   exchange: Exchange | None = None  # what was sent between devices for it; None where experts are not spread
+  replaced: Int[Array, " T"] | None = None  # of a token's own picks, those that replay left out; None without replay
 
 
 def router_scores(
@@ -87,6 +88,7 @@ def route(
   renormalize: bool = False,
   execute_top_k: int | None = None,
   skip_threshold: float = 0.0,
+  replay: Int[Array, "T K"] | None = None,
 ) -> Routing:
   """Picks the best K of all experts. Weights are normalised over all K picks, zero ones included (paper section 3.1).
 
@@ -104,9 +106,11 @@ def route(
     execute_top_k: run only the best k1 of the K picks, weights still normalised over all K (arXiv 2609.04575). The best
       are those that the router would choose if K were k1.
     skip_threshold: dynamic skipping; drop picks scoring below beta x the best pick and renormalise the rest.
+    replay: picks to take instead of the best (routing replay, paper section 3.3), with the weights that the scores give
+      them; a token whose row is negative has none and takes the best.
 
-  The last two are training-free baselines that drop picks of a static model. A dropped pick gets the id E, so that
-  everything below treats it like a zero expert.
+  execute_top_k and skip_threshold are training-free baselines that drop picks of a static model. A dropped pick gets
+  the id E, so that everything below treats it like a zero expert.
   """
   if correction is None and num_groups == 1:
     values, picks = jax.lax.top_k(scores, top_k)
@@ -114,6 +118,11 @@ def route(
     choice = choice_scores(jax.lax.stop_gradient(scores), num_experts, correction, num_groups, top_groups)
     picks = jax.lax.top_k(choice, top_k)[1]
     values = jnp.take_along_axis(scores, picks, axis=-1)
+  replaced = None
+  if replay is not None:
+    best, picks = picks, jnp.where(replay[:, :1] < 0, picks, replay.astype(picks.dtype))
+    values = jnp.take_along_axis(scores, picks, axis=-1)
+    replaced = (best[:, :, None] != picks[:, None, :]).all(axis=-1).sum(axis=-1)
   dropped = jnp.asarray(scores.shape[-1], picks.dtype)
   if skip_threshold > 0.0:
     keep = values >= skip_threshold * values.max(axis=-1, keepdims=True)
@@ -130,7 +139,7 @@ def route(
   if execute_top_k is not None:
     keep = jnp.arange(top_k) < execute_top_k
     values, picks = jnp.where(keep, values, 0.0), jnp.where(keep, picks, dropped)
-  return Routing(scores, picks, values)
+  return Routing(scores, picks, values, replaced=replaced)
 
 
 def choice_scores(

@@ -208,3 +208,17 @@ def test_a_damaged_recipe_is_told(tmp_path):
   (tmp_path / "recipe.json").write_text("{")
   with pytest.raises(ZedaError, match=r"recipe\.json is not valid JSON"):
     claim_workdir(config_with(tmp_path), CONTENTS)
+
+
+def test_a_setting_that_is_new_had_its_default(tmp_path):
+  config = config_with(teacher="t", prompts="p", workdir=str(tmp_path / "run"))
+  contents = {"teacher": "1", "prompts": "2"}
+  file = claim_workdir(config, contents) / "recipe.json"
+  settings = json.loads(file.read_text())
+  del settings["student.renormalize"]
+  file.write_text(json.dumps(settings))
+  claim_workdir(config, contents)
+  with pytest.raises(ZedaError, match=r"was begun with config.student.renormalize=False, now it is True"):
+    claim_workdir(
+      config_with(teacher="t", prompts="p", workdir=str(tmp_path / "run"), student__renormalize=True), contents
+    )

@@ -27,6 +27,9 @@ def run_steps(sharding):
   teacher = reconfigured(tiny_model(num_experts=8, moe_layers=(True,)), sharding=sharding)
   (student, params), (frozen_def, teacher_params) = split_model(inject(teacher)), split_model(teacher)
   batch = jax.tree.map(lambda a: np.concatenate([a, a[::-1]]), make_batch())
+  # Routing replay of half of the tokens.
+  picks = np.argsort(np.random.default_rng(0).random((*batch["tokens"].shape, 1, 12)), axis=-1)[..., :2]
+  batch["replay"] = np.where(batch["positions"][:, :, None, None] % 2, picks, -1).astype(np.int16)
   if sharding is not None:
     params, teacher_params = (jax.device_put(tree, sharding.state(tree)) for tree in (params, teacher_params))
     batch = jax.device_put(batch, sharding.batch(batch))

@@ -18,10 +18,13 @@ COMMANDS = {
   "sft": ("adapt", "adapt, up to supervised distillation"),
   "opd": ("adapt", "adapt, up to on-policy distillation"),
   "export": ("adapt", "adapt, up to the exported Hugging Face directory"),
-  "compare": ("compare", "adapt, and the same with baselines: AdaMoE, truncation, skipping, ..."),
+  "compare": ("compare", "adapt, and baselines beside it in one table: AdaMoE, truncation, ..."),
   "plan": ("plan", "whether a stage fits a TPU slice, and about how fast it can be"),
+  "report": ("report", "a page on an adapted model: what it skips, where, at what price"),
   "inject": ("inject", "add zero experts to a Hugging Face directory, untrained"),
   "generate": ("generate", "answer prompts with a static or dynamic checkpoint"),
+  "serve": ("serve", "an OpenAI-compatible HTTP server for a static or dynamic checkpoint"),
+  "evaluate": ("evaluate", "scores on benchmarks by the paper's protocol; two models compared"),
   "bench": ("bench", "speed of the grouped matmul and of the MoE layer on this machine"),
 }
 

@@ -170,11 +170,27 @@ def _evaluate_all(job: Job) -> None:
   file = job.workdir / "evaluate" / "settings.json"
   if not _is_file(file):
     from_primary(lambda: write_json(file, evaluation_settings(job.config, job.contents)))
+  _note_config(job)
   measure(job, "teacher", lambda: job.teacher)
   measure(job, "injected", job.student)
   if _is_file(job.workdir / "sft" / "finished.json"):
     measure(job, "sft", lambda: job.stage("sft").restored(job.student()))
   measure(job, "student", lambda: job.load(job.workdir / "student"))
+
+
+_NOTED = ("teacher", "prompts", "seed", "dtype", "mesh", "evaluate")
+
+
+def _note_config(job: Job) -> None:
+  """Leaves evaluate/config.json: where teacher and prompts lie, and how answers were made, for `zeda report`."""
+  file = job.workdir / "evaluate" / "config.json"
+  noted = {name: value for name, value in job.config.to_dict().items() if name in _NOTED}
+  absolute = lambda path: str(pathlib.Path(path).resolve()) if path else ""
+  for section, name in ((noted, "teacher"), (noted, "prompts"), (noted["evaluate"], "prompts")):
+    section[name] = absolute(section[name])
+  noted = json.loads(json.dumps(noted))
+  if from_primary(lambda: not file.is_file() or json.loads(file.read_text()) != noted):
+    from_primary(lambda: write_json(file, noted))
 
 
 def measure(job: Job, name: str, model: Callable[[], Decoder]) -> None:

@@ -128,7 +128,7 @@ def open_job(config: ml_collections.ConfigDict, console: rich.console.Console | 
   chat.check_vocabulary(tokenizer, model.vocab_size, config.teacher)
   eos_ids = chat.eos_ids(config.teacher, tokenizer)
   prompts = open_prompts(config.prompts)
-  train, held_out_prompts, held_out = _split(config, prompts)
+  train, held_out_prompts, held_out = split_prompts(config, prompts)
   _check_picks(config, model)
   longest = _check_lengths(config, model, tokenizer, prompts, train, held_out_prompts)
   contents = {
@@ -166,7 +166,7 @@ def _check_processes(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def _split(config: ml_collections.ConfigDict, prompts: Prompts) -> tuple[np.ndarray, Prompts, np.ndarray]:
+def split_prompts(config: ml_collections.ConfigDict, prompts: Prompts) -> tuple[np.ndarray, Prompts, np.ndarray]:
   """Training prompts, and the held-out ones: their own file, or a seeded part of the same one."""
   count = config.evaluate.num_prompts
   if config.evaluate.prompts:

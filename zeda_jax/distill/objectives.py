@@ -108,7 +108,8 @@ def batch_loss(
     objective: which losses.
     student: the model in training.
     teacher: the frozen original; it runs with its zero experts masked.
-    batch: tokens, targets, loss_mask, segment_ids, positions [B, T] (see data.packing), old_logprobs for "sampled".
+    batch: tokens, targets, loss_mask, segment_ids, positions [B, T] (see data.packing), old_logprobs for "sampled";
+      with routing replay also the student's picks while sampling, replay [B, T, L, K], negative where there are none.
     balance: "weight" (w) and "coefficient" (alpha) of the balance loss.
     response_tokens: loss tokens of the whole batch that this may be a part of.
     parts: of how many equal parts of the batch this is one; the losses of all parts add up to the batch's.
@@ -116,7 +117,8 @@ def batch_loss(
   forward = (batch["tokens"], batch["segment_ids"], batch["positions"])
   flat = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
   mask = flat(batch["loss_mask"]) > 0
-  out = student.hidden(*forward, aux_loss=aux_loss(objective, student.config, balance, mask))
+  replay = jnp.moveaxis(batch["replay"], 2, 0) if "replay" in batch else None
+  out = student.hidden(*forward, aux_loss=aux_loss(objective, student.config, balance, mask), replay=replay)
   teacher_inputs: tuple[Any, ...] = ()
   if objective.needs_teacher:
     masked = teacher.hidden(*forward, zero_expert_bias=-jnp.inf)
@@ -164,9 +166,19 @@ def _metrics(
         "zero_ratio": ratio(mask=real),
         "zero_ratio/response": ratio(mask=batch["loss_mask"] > 0),
         "zero_ratio/layer": ratio(mask=real, axis=(1, 2)),
+        **_replaced(out, batch, config),
       },
     }
   )
+
+
+def _replaced(out: HiddenOutput, batch: Mapping[str, Array], config: Any) -> dict[str, Array]:
+  """With routing replay, the share of recorded picks in whose place the routers would now pick other experts."""
+  if out.replaced is None:
+    return {}
+  recorded = (batch["segment_ids"] > 0) & (batch["replay"][:, :, 0, 0] >= 0)
+  picks = recorded.sum() * len(out.replaced) * config.num_experts_per_tok
+  return {"replay_differs": jnp.where(recorded, out.replaced, 0).sum() / jnp.maximum(picks, 1)}
 
 
 def _sent(out: HiddenOutput, tokens: Int[Array, ""], config: Any) -> dict[str, Array]:

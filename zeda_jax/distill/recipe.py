@@ -137,6 +137,7 @@ def default_config() -> ml_collections.ConfigDict:
         "steps": 320,
         "prompts_per_step": 16,
         "samples_per_prompt": 2,
+        "routing_replay": False,  # train on the experts that were picked while sampling, not on those picked now
         "max_new_tokens": 32768,
         "temperature": 1.0,
         "cache_tokens": 0,  # as in rollout

@@ -8,6 +8,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 import safetensors.numpy
+from jaxtyping import Int
 
 from zeda_jax.data.jsonl import atomic_writer
 from zeda_jax.data.packing import pack_row
@@ -76,13 +77,15 @@ class Sampler:
     found: dict[tuple[int, int], Completion] = {(place, c.index): c for place, c in self._engine.run(requests)}
     ordered = [found[place, i] for place, request in enumerate(requests) for i in range(request.n)]
     prompts = [request.prompt for request in requests for _ in range(request.n)]
-    return on_policy_batch(prompts, [c.tokens for c in ordered], [c.logprobs for c in ordered], self._length)
+    picks = [c.picks for c in ordered] if self._settings.routing_replay else None
+    return on_policy_batch(prompts, [c.tokens for c in ordered], [c.logprobs for c in ordered], self._length, picks)
 
   def _requests(self, raw: Sequence[int], step: int) -> list[Request]:
     """One for each prompt, whose samples have random streams of their own."""
     settings, n = self._settings, self._settings.samples_per_prompt
     seed = int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0] >> 1)
     options: dict[str, Any] = {"temperature": settings.temperature, "seed": seed, "n": n}
+    options["record_picks"] = settings.routing_replay
     prompts = [self._render(int(self._indices[i])) for i in raw]
     return [Request(p, settings.max_new_tokens, stream=n * i, **options) for i, p in enumerate(prompts)]
 
@@ -140,9 +143,8 @@ class AheadSampler:
     with atomic_writer(self._file(step), overwrite=True) as out:
       out.write(safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in batch.items()}))
     steps = sorted(int(file.stem) for file in self._directory.glob("*.safetensors"))
-    for old in steps[
-      : -self._keep - 1
-    ]:  # one more than checkpoints: the oldest of these goes when the new one is there
+    # One more than checkpoints, whose oldest goes when the new one is there.
+    for old in steps[: -self._keep - 1]:
       self._file(old).unlink()
 
   def _read(self, step: int) -> dict[str, np.ndarray]:
@@ -159,12 +161,21 @@ def on_policy_batch(
   responses: Sequence[Sequence[int]],
   logprobs: Sequence[Sequence[float]],
   length: int,
+  picks: Sequence[Int[np.ndarray, "S L K"] | None] | None = None,
 ) -> dict[str, np.ndarray]:
-  """One row per sampled sequence, with the log-probs it was sampled with in `old_logprobs` [B, T]."""
-  rows = []
+  """One row per sampled sequence, with the log-probs it was sampled with in `old_logprobs` [B, T].
+
+  With `picks`, those of every sequence's tokens but the last, also `replay` [B, T, L, K], -1 where there are none.
+  """
+  rows: list[dict[str, np.ndarray]] = []
   for prompt, response, logprob in zip(prompts, responses, logprobs, strict=True):
     row = dict(pack_row([{"prompt_tokens": prompt, "response_tokens": response}], length))
     row["old_logprobs"] = np.zeros(length, np.float32)
     row["old_logprobs"][row["loss_mask"] > 0] = logprob
+    if picks is not None:
+      recorded = picks[len(rows)]
+      assert recorded is not None
+      row["replay"] = np.full((length, *recorded.shape[1:]), -1, np.int16)
+      row["replay"][: len(recorded)] = recorded
     rows.append(row)
   return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

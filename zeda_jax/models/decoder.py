@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ class HiddenOutput:
   aux_loss: Float[Array, " L"]
   cache: Cache | None
   exchange: Exchange | None = None  # what was sent between devices; None where the model has no sharding
+  replaced: Int[Array, "L B T"] | None = None  # own picks that replay left out; None without replay
 
 
 @struct.dataclass
@@ -65,6 +67,16 @@ class _Shared:
   aux_loss: AuxLoss | None
 
 
+class _Routed(NamedTuple):
+  """What a MoE layer's router did; stacked over layers in HiddenOutput."""
+
+  picks: Int[Array, "B T K"]
+  weights: Float[Array, "B T K"]
+  aux_loss: Float[Array, ""]
+  exchange: Exchange | None
+  replaced: Int[Array, "B T"] | None
+
+
 class DecoderLayer(nnx.Module):
   def __init__(self, config: ModelConfig, is_moe: bool, rngs: nnx.Rngs):
     self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -73,8 +85,13 @@ class DecoderLayer(nnx.Module):
     self.mlp = MoELayer(config, rngs) if is_moe else DenseMLP(config, rngs)
 
   def __call__(
-    self, x: Float[Array, "B T H"], layer: Int[Array, ""], cache: Cache | None, shared: _Shared
-  ) -> tuple[Float[Array, "B T H"], Cache | None, tuple[Array, Array, Array, Exchange | None] | None]:
+    self,
+    x: Float[Array, "B T H"],
+    layer: Int[Array, ""],
+    cache: Cache | None,
+    shared: _Shared,
+    replay: Int[Array, "B T K"] | None = None,
+  ) -> tuple[Float[Array, "B T H"], Cache | None, _Routed | None]:
     with jax.named_scope("attention"):
       out, cache = self.attention(self.input_norm(x), shared.rope, shared.segment_ids, shared.positions, layer, cache)
       x = x + out
@@ -84,10 +101,13 @@ class DecoderLayer(nnx.Module):
         return x + self.mlp(normed), cache, None
     with jax.named_scope("moe"):
       live = shared.live.reshape(-1)
-      out, routing = self.mlp(normed.reshape(-1, x.shape[-1]), shared.zero_expert_bias, live)
+      flat = lambda a: a.reshape(-1, a.shape[-1])
+      given = None if replay is None else flat(replay)
+      out, routing = self.mlp(flat(normed), shared.zero_expert_bias, live, given)
       aux = jnp.zeros(()) if shared.aux_loss is None else shared.aux_loss(routing, live)
       by_token = lambda a: a.reshape(*x.shape[:2], -1)
-      routed = by_token(routing.picks), by_token(routing.weights), aux, routing.exchange
+      replaced = None if routing.replaced is None else routing.replaced.reshape(x.shape[:2])
+      routed = _Routed(by_token(routing.picks), by_token(routing.weights), aux, routing.exchange, replaced)
       return x + out.reshape(x.shape), cache, routed
 
 
@@ -147,10 +167,12 @@ class Decoder(nnx.Module):
     *,
     cache: Cache | None = None,
     aux_loss: AuxLoss | None = None,
+    replay: Int[Array, "L B T K"] | None = None,
   ) -> HiddenOutput:
     """Everything but the head, for losses and samplers that never want all logits at once.
 
     With a cache, `positions` are the cache slots the tokens go to, and segment_ids only tell padding (0) from tokens.
+    `replay` are picks of the L MoE layers to take instead of the routers' own (see `zero_experts.route`).
     """
     if positions is None:
       positions = segment_positions(segment_ids, tokens.shape)
@@ -159,30 +181,33 @@ class Decoder(nnx.Module):
     shared = _Shared(rope, segment_ids, positions, live, zero_expert_bias, aux_loss)
 
     x = self.embed(tokens, jnp.dtype(self.config.dtype))
-    routed: list[tuple[Array, Array, Array, Exchange | None]] = []
+    routed: list[_Routed] = []
+    first = 0  # MoE layers before this run
     for run, layers in zip(self.config.layer_runs, self.runs, strict=True):
-      x, cache, out = _scan_layers(layers, run, x, cache, shared, self.config)
+      given = None if replay is None or not run.is_moe else replay[first : first + run.length]
+      x, cache, out = _scan_layers(layers, run, x, cache, shared, given, self.config)
       if out is not None:
         routed.append(out)
-    picks, weights, aux, exchange = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routed)
-    return HiddenOutput(self.final_norm(x), picks, weights, aux, cache, exchange)
+        first += run.length
+    all = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routed)
+    return HiddenOutput(self.final_norm(x), all.picks, all.weights, all.aux_loss, cache, all.exchange, all.replaced)
 
 
-def _scan_layers(layers, run, x, cache, shared, config):
+def _scan_layers(layers, run, x, cache, shared, replay, config):
   """One scan over a run of stacked layers: compile time does not grow with depth."""
   graphdef, state = nnx.split(layers)
 
   def body(carry, inputs):
     x, cache = carry
-    state, layer = inputs
+    state, layer, given = inputs
     if config.sharding is not None:  # else the compiler may spread activations as it likes parameters to be
       x = config.sharding.keep_rows(x)
-    x, cache, routed = nnx.merge(graphdef, state)(x, layer, cache, shared)
+    x, cache, routed = nnx.merge(graphdef, state)(x, layer, cache, shared, given)
     return (x, cache), routed
 
   if config.remat != "none":
     body = jax.checkpoint(body, policy=_REMAT_POLICIES[config.remat])
-  inputs = (state, run.start + jnp.arange(run.length))
+  inputs = (state, run.start + jnp.arange(run.length), replay)
   (x, cache), routed = jax.lax.scan(body, (x, cache), inputs, unroll=config.scan_unroll)
   return x, cache, routed
 

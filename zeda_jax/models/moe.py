@@ -27,7 +27,12 @@ class Router(nnx.Module):
     self.correction_bias = nnx.Param(jnp.zeros(config.num_experts)) if corrected else None
     self.zero_correction_bias = nnx.Param(jnp.zeros(zero)) if corrected and zero else None
 
-  def __call__(self, x: Float[Array, "T H"], zero_expert_bias: float | Array = 0.0) -> Routing:
+  def __call__(
+    self,
+    x: Float[Array, "T H"],
+    zero_expert_bias: float | Array = 0.0,
+    replay: Int[Array, "T K"] | None = None,
+  ) -> Routing:
     config = self.config
 
     def logits(rows: nnx.Param) -> Float[Array, "T E"]:
@@ -47,6 +52,7 @@ class Router(nnx.Module):
       renormalize=config.renormalize,
       execute_top_k=config.execute_top_k,
       skip_threshold=config.skip_threshold,
+      replay=replay,
     )
     if config.scoring == "softmax":
       return routing
@@ -91,10 +97,11 @@ class MoELayer(nnx.Module):
     x: Float[Array, "T H"],
     zero_expert_bias: float | Array = 0.0,
     live: Bool[Array, " T"] | None = None,
+    replay: Int[Array, "T K"] | None = None,
     backend: str | None = None,
   ) -> tuple[Float[Array, "T H"], Routing]:
-    """The layer's output, and what its router decided; `backend` is grouped_matmul's."""
-    routing = self.router(x, zero_expert_bias)
+    """The layer's output, and what its router decided; for `replay` see `route`, `backend` is grouped_matmul's."""
+    routing = self.router(x, zero_expert_bias, replay)
     picks = routing.picks
     if live is not None:
       picks = jnp.where(live[:, None], picks, self.num_experts)

@@ -21,7 +21,8 @@ from zeda_jax.config import ModelConfig
 from zeda_jax.ops.attention.paged import paged_attention
 from zeda_jax.sharding import Sharding
 
-Pages = tuple[Float[Array, "L P M G D"], ...]
+# One head has no axis M: XLA drops axes of one by itself, but with a copy of all pages in every layer.
+Pages = tuple[Float[Array, "L P *M G D"], ...]
 
 _TILE = 128
 
@@ -31,8 +32,8 @@ class PagedCache:
   """Pages of all layers, and which of them the rows of one forward pass use.
 
   Attributes:
-    pages: (keys, values), or (latents,) of multi-head latent attention with M = 1; G tokens to a page. D may be wider
-      than what is written, which is then followed by zeros.
+    pages: (keys, values), or (latents,) of multi-head latent attention, which has one head; G tokens to a page. D may
+      be wider than what is written, which is then followed by zeros.
     table: token t of row b lies in page table[b, t // G], place t % G.
     fresh: the rows begin with this pass, so that their tokens see each other and nothing that was there before.
     sharding: of the model.
@@ -94,10 +95,11 @@ def init_pages(config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.d
   With `config.sharding`, they are shared out over all devices, which must divide num_pages.
   """
   dtype = jnp.dtype(dtype or config.dtype)
-  heads, widths = config.num_kv_heads, [config.head_dim] * 2
+  num_heads, widths = config.num_kv_heads, [config.head_dim] * 2
   if config.mla is not None:
-    heads, widths = 1, [_whole_tiles(config.mla.kv_lora_rank + config.mla.rope_head_dim)]
-  shapes = [(config.num_layers, num_pages, heads, page_size, width) for width in widths]
+    num_heads, widths = 1, [_whole_tiles(config.mla.kv_lora_rank + config.mla.rope_head_dim)]
+  heads = () if num_heads == 1 else (num_heads,)
+  shapes = [(config.num_layers, num_pages, *heads, page_size, width) for width in widths]
   make = lambda: tuple(jnp.zeros(shape, dtype) for shape in shapes)
   return jax.jit(make, out_shardings=pages_sharding(config.sharding))()
 
@@ -141,16 +143,21 @@ def _padded(x: Array, pages: Array) -> Array:
 def _write(*arguments: Array) -> Pages:
   count = (len(arguments) - 4) // 2
   pages, (layer, table, positions, live), new = arguments[:count], arguments[count:-count], arguments[-count:]
-  num_pages, page_size = pages[0].shape[1], pages[0].shape[3]
+  num_pages, page_size = pages[0].shape[1], pages[0].shape[-2]
   place = positions // page_size
   page = jnp.take_along_axis(table, jnp.minimum(place, table.shape[1] - 1), axis=1)
   page = jnp.where(live & (place < table.shape[1]), page, num_pages)
   at = positions % page_size
-  # Heads have an index, too, though all are written: what is left to each index is one row of memory. A TPU's compiler
-  # would otherwise turn the whole cache around before and after.
-  where = layer, page[..., None], jnp.arange(pages[0].shape[2]), at[..., None]
-  set_rows = lambda p, x: p.at[where].set(_padded(x, p).astype(p.dtype), mode="drop")
-  return tuple(map(set_rows, pages, new))
+
+  def put(p: Array, x: Array) -> Array:
+    x = _padded(x, p).astype(p.dtype)
+    if p.ndim == 4:
+      return p.at[layer, page, at].set(x[:, :, 0], mode="drop")
+    # Heads have an index, too, though all are written: what is left to each index is one row of memory. A TPU's
+    # compiler would otherwise turn the whole cache around before and after.
+    return p.at[layer, page[..., None], jnp.arange(p.shape[2]), at[..., None]].set(x, mode="drop")
+
+  return tuple(map(put, pages, new))
 
 
 def _attend(query: Array, layer: Array, table: Array, lengths: Array, *pages: Array, scale, value_dim) -> Array:

@@ -89,7 +89,7 @@ def sample_rows(
 
   What no row asks for is not computed: random numbers, and the search for where top-k and top-p cut.
   """
-  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  best = _argmax(logits)
   of_token = lambda logits, tokens: jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)[:, 0]
 
   def draw() -> tuple[Array, Array]:
@@ -100,6 +100,13 @@ def sample_rows(
 
   tokens, drawn = jax.lax.cond((sampling.temperature > 0).any(), draw, lambda: (best, jnp.zeros(best.shape)))
   return tokens, of_token(logits, tokens), drawn
+
+
+def _argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+  """jnp.argmax of numbers, as two plain reductions: XLA's reduction of pairs is a slow loop on a CPU."""
+  last = logits.shape[-1] - 1
+  places = jnp.where(logits == logits.max(axis=-1, keepdims=True), jnp.arange(last + 1, dtype=jnp.int32), last)
+  return places.min(axis=-1)
 
 
 def filter_rows(logits: Float[Array, "B V"], sampling: RowSampling) -> Float[Array, "B V"]:

@@ -6,13 +6,14 @@ compiled program serves all lengths.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from zeda_jax.ops.platforms import by_backend
-from zeda_jax.ops.varying import vary_alike, zeros
+from zeda_jax.ops.varying import vary_alike
 
 _BLOCK_TOKENS = 2048  # cached tokens per block: enough to amortise its operations, few enough to stay in a CPU's cache
 _MASKED = -1e30  # finite: differences of it are numbers, not NaN
@@ -20,7 +21,7 @@ _MASKED = -1e30  # finite: differences of it are numbers, not NaN
 
 def paged_attention(
   query: Float[Array, "B N D"],
-  pages: tuple[Float[Array, "L P M G D"], ...],
+  pages: tuple[Float[Array, "L P *M G D"], ...],
   layer: Int[Array, ""],
   table: Int[Array, "B W"],
   lengths: Int[Array, " B"],
@@ -35,7 +36,8 @@ def paged_attention(
 
   Args:
     query: of one token a row.
-    pages: keys and values, or one array that holds both: the values are then the first `value_dim` of the D numbers.
+    pages: keys and values, without the axis M where it is 1; or one array that holds both: the values are then the
+      first `value_dim` of the D numbers.
     layer: which one of L to read.
     table: token t of row b lies in page table[b, t // G], place t % G. Entries past the length are not read.
     lengths: tokens that a row sees.
@@ -64,45 +66,57 @@ def blocks(
   layer: Int[Array, ""],
   table: Int[Array, "B W"],
   lengths: Int[Array, " B"],
-  *pages: Float[Array, "L P M G D"],
+  *pages: Float[Array, "L P *M G D"],
   scale: float,
   width: int,
 ) -> Float[Array, "B N V"]:
   """Ordinary XLA, for any device."""
   batch, heads, _ = query.shape
-  _, num_pages, groups, page_size, _ = pages[0].shape
+  _, num_pages, *some, page_size, _ = pages[0].shape
+  groups = math.prod(some)
   query = query.reshape(batch, groups, heads // groups, -1) * scale
-  flat = [p.reshape(-1, *p.shape[2:]) for p in pages]  # [L * P, M, G, D]
-  counts = -(-lengths // page_size)
-  ends = jnp.cumsum(counts)  # the pages of row b are the numbers ends[b] - counts[b] .. ends[b] of the list
+  flat = [p.reshape(-1, math.prod(p.shape[2:])) for p in pages]  # [L * P, M * G * D]
+  # The last page of a row, which it may not fill, is apart from the full ones: only there is anything to be masked.
+  full = jnp.maximum(lengths - 1, 0) // page_size
+  ends = jnp.cumsum(full)  # the full pages of row b are the numbers ends[b] - full[b] .. ends[b] of the list
   size = max(1, min(_BLOCK_TOKENS // page_size, table.size))
+
+  def attend(query: Array, row: Array, place: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+    """Of one page per item: [I, M, Q, V] unscaled, sum and largest of the logits [I, M, Q]."""
+    page = layer * num_pages + jnp.clip(table[row, place], 0, num_pages - 1)
+    taken = [p[page].reshape(-1, groups, page_size, p.shape[1] // (groups * page_size)) for p in flat]
+    key, value = taken[0], taken[0][..., :width] if len(taken) == 1 else taken[1]
+    logits = jnp.einsum("imqd,imgd->imqg", query, key, preferred_element_type=jnp.float32)
+    if mask is not None:
+      value = jnp.where(mask[:, None, :, None], value, 0)  # 0 * NaN would be NaN
+      logits = jnp.where(mask[:, None, None], logits, _MASKED)
+    largest = logits.max(axis=-1)
+    weights = jnp.exp(logits - largest[..., None])
+    if mask is not None:
+      weights = jnp.where(mask[:, None, None], weights, 0)
+    out = jnp.einsum("imqg,imgv->imqv", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return out, weights.sum(axis=-1), largest
 
   def block(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     out, total, largest = carry
     item = i * size + jnp.arange(size)
+    live = item < ends[-1]
     row = jnp.minimum((item[:, None] >= ends).sum(axis=-1), batch - 1)
-    place = item - (ends - counts)[row]
-    page = layer * num_pages + jnp.clip(table[row, place], 0, num_pages - 1)
-    seen = jnp.where(item < ends[-1], lengths[row] - place * page_size, 0)
-    mask = jnp.arange(page_size) < seen[:, None]  # [I, G]
-    key = flat[0][page]
-    value = key[..., :width] if len(flat) == 1 else flat[1][page]
-    value = jnp.where(mask[:, None, :, None], value, 0)  # 0 * NaN would be NaN
-    logits = jnp.einsum("imqd,imgd->imqg", query[row], key, preferred_element_type=jnp.float32)
-    logits = jnp.where(mask[:, None, None], logits, _MASKED)
+    part, part_total, part_largest = attend(query[row], row, jnp.where(live, item - (ends - full)[row], 0), None)
     # Sums over the items of each row are products with 0 and 1: scatters are loops over the items on a CPU.
-    of_row = row == jnp.arange(batch)[:, None]  # [B, I]
-    best = jnp.where(of_row[:, :, None, None], logits.max(axis=-1), _MASKED).max(axis=1)
+    of_row = live & (row == jnp.arange(batch)[:, None])  # [B, I]
+    best = jnp.where(of_row[:, :, None, None], part_largest, _MASKED).max(axis=1)
     new_largest = jnp.maximum(largest, best)
-    weights = jnp.where(mask[:, None, None], jnp.exp(logits - new_largest[row][..., None]), 0)
-    part = jnp.einsum("imqg,imgv->imqv", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    grow = jnp.exp(part_largest - new_largest[row])[..., None]
+    parts = jnp.concatenate([part * grow, part_total[..., None] * grow], axis=-1)
+    parts = jnp.where(live[:, None, None, None], parts, 0)
+    added = jnp.einsum("bi,i...->b...", of_row.astype(jnp.float32), parts, precision="highest")
     shrink = jnp.exp(largest - new_largest)
-    add = functools.partial(jnp.einsum, "bi,i...->b...", of_row.astype(jnp.float32), precision="highest")
-    return shrink[..., None] * out + add(part), shrink * total + add(weights.sum(axis=-1)), new_largest
+    return shrink[..., None] * out + added[..., :-1], shrink * total + added[..., -1], new_largest
 
-  nothing = zeros(query.shape[:3], jnp.float32, like=query)
-  start = (zeros((*query.shape[:3], width), jnp.float32, like=query), nothing, nothing + _MASKED)
-  out, total, _ = jax.lax.fori_loop(0, -(-ends[-1] // size), block, start)
+  rows = jnp.arange(batch)
+  last = attend(query, rows, full, jnp.arange(page_size) < (lengths - full * page_size)[:, None])
+  out, total, _ = jax.lax.fori_loop(0, -(-ends[-1] // size), block, last)
   out = out / jnp.where(total == 0, 1, total)[..., None]
   return out.reshape(batch, heads, width).astype(query.dtype)
 

@@ -5,6 +5,7 @@ group costs nothing but its turn in the loop, and little is wasted on groups tha
 rows are multiplied without a matrix product.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -23,6 +24,10 @@ PRODUCT_TILES = {"small": (128, 16), "large": (128, 64, 32, 16, 4)}
 # it lies, while a product wants a slice of it copied first, which is most of the time then.
 FEW_ROWS = 8
 FEW_TILES = (4, 1)
+# With more than one row a group and at most so many, the first rows of all groups are one batched product: a turn of
+# the loop costs more than a small product. In float32 only: other types would be converted first, all matrices of them.
+BATCHED_ROWS = 32
+BATCHED_GROUPS = 32  # fewer of them are soon looped over
 # A tile of the weight product also pays for adding a whole [K, N] matrix, so its rest is coarser.
 WEIGHT_PRODUCT_TILES = (128, 64, 32)
 
@@ -58,17 +63,43 @@ def _over_tiles(
 
 
 def _over_groups(
-  group_sizes: Int[Array, " G"], body: Callable[[Array, Array, Array, Array], Array], init: Array
+  group_sizes: Int[Array, " G"],
+  body: Callable[[Array, Array, Array, Array], Array],
+  init: Array,
+  skip: int | Int[Array, ""] = 0,
 ) -> Array:
-  """Folds body(group, first row, end row, carry) over the groups that have rows."""
+  """Folds body(group, first row, end row, carry) over the groups that have more rows than `skip`, without those."""
   ends = jnp.cumsum(group_sizes)
-  groups = jnp.flatnonzero(group_sizes, size=group_sizes.shape[0], fill_value=0)
+  rows = jnp.maximum(group_sizes - skip, 0)
+  groups = jnp.argsort(rows == 0, stable=True)
 
   def step(i: Array, carry: Array) -> Array:
     group = groups[i]
-    return body(group, ends[group] - group_sizes[group], ends[group], carry)
+    return body(group, ends[group] - rows[group], ends[group], carry)
 
-  return jax.lax.fori_loop(0, jnp.count_nonzero(group_sizes), step, init)
+  return jax.lax.fori_loop(0, jnp.count_nonzero(rows), step, init)
+
+
+def _batched(
+  lhs: Float[Array, "M K"],
+  rhs: Float[Array, "G K N"],
+  group_sizes: Int[Array, " G"],
+  capacity: int,
+  precision: jax.lax.PrecisionLike,
+) -> Float[Array, "M N"]:
+  """The products of the first `capacity` rows of each group, as one batched product; 0 elsewhere."""
+  num_rows = lhs.shape[0]
+  ends = jnp.cumsum(group_sizes)
+  starts = ends - group_sizes
+  places = starts[:, None] + jnp.arange(capacity)
+  taken = lhs[jnp.minimum(places, num_rows - 1)]
+  results = jnp.einsum("grk,gkn->grn", taken, rhs, precision=precision, preferred_element_type=jnp.float32)
+  rows = jnp.arange(num_rows)
+  group = (rows[:, None] >= ends).sum(axis=1)
+  place = rows - starts[jnp.minimum(group, ends.size - 1)]
+  mine = (group < ends.size) & (place < capacity)
+  found = results.reshape(-1, results.shape[-1])[jnp.where(mine, group * capacity + place, 0)]
+  return jnp.where(mine[:, None], found, 0)
 
 
 def _take(x: Float[Array, "M X"], rows: Int[Array, " R"], mine: Array | None = None) -> Float[Array, "R X"]:
@@ -121,7 +152,27 @@ def _rows_product(
       return many(g, start, end, out)
     return jax.lax.cond(end - start <= FEW_ROWS, few, many, g, start, end, out)
 
-  return _over_groups(group_sizes, group, zeros((num_rows, width), dtype, like=lhs))
+  empty = zeros((num_rows, width), dtype, like=lhs)
+  capacities = () if transpose_rhs or lhs.dtype != jnp.float32 else _capacities(num_rows, rhs.shape[0])
+  if not capacities:
+    return _over_groups(group_sizes, group, empty)
+
+  def batched(capacity: int) -> Callable[[], Array]:
+    return lambda: epilogue(_batched(lhs, rhs, group_sizes, capacity, precision).astype(dtype))
+
+  # Twice the mean is enough for most groups; the loop takes what is left.
+  total = group_sizes.sum()
+  choice = jnp.where(total <= rhs.shape[0], 0, 1 + sum(2 * total > c * rhs.shape[0] for c in capacities[:-1]))
+  out = jax.lax.switch(choice, [lambda: empty, *map(batched, capacities)])
+  return _over_groups(group_sizes, group, out, skip=jnp.array((0, *capacities))[choice])
+
+
+def _capacities(num_rows: int, num_groups: int) -> tuple[int, ...]:
+  """Rows per group of the batched products, ascending: the largest for when all rows are there."""
+  if num_groups < BATCHED_GROUPS or not num_groups < num_rows <= BATCHED_ROWS * num_groups:
+    return ()
+  largest = max(4, 2 ** math.ceil(math.log2(2 * num_rows / num_groups)))
+  return tuple(c for c in (largest // 4, largest // 2, largest) if c >= 4)
 
 
 def product(

@@ -1,0 +1,1 @@
+"""Draws the numbers that analysis/ collects: figures, tables and one page of HTML."""
