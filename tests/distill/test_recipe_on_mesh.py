@@ -116,6 +116,14 @@ def test_meshes_and_processes(files, evaluated, tmp_path, processes, devices, ex
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes, devices", [(1, 4), (2, 2)])
+def test_rollouts_made_ahead(files, tmp_path, processes, devices):
+  adapt(files, tmp_path / "one", {"opd.overlap": True})
+  run_everywhere(f"{THIS}:adapt", processes, devices, files, tmp_path / "w", {"opd.overlap": True, "mesh.expert": 2})
+  assert_same_run(tmp_path / "w", tmp_path / "one")
+
+
+@pytest.mark.slow
 def test_goes_on_where_one_device_stopped(files, evaluated, tmp_path):
   """What one device sampled and trained is read onto a mesh; the stage after it is that of one device."""
   from zeda_jax.distill.adapt import adapt as run
