@@ -31,7 +31,7 @@ def test_table_and_files(what, tmp_path, capsys):
 @pytest.mark.parametrize(
   ("arguments", "expected"),
   [
-    (["kernels"], "'kernels' is nothing to measure; expected kernel or layer."),
+    (["kernels"], "'kernels' is nothing to measure; expected kernel, layer or model."),
     (["kernel", "--shapes=tiny"], "shape 'tiny' is unknown"),
     (["kernel", "--shapes="], "nothing to measure"),
     (["kernel", "--ratios=0,half"], "--ratios=0,half is no list of numbers"),

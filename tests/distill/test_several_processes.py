@@ -84,6 +84,7 @@ def test_two_processes_train_as_one_and_survive_a_kill(tmp_path, expected):
   assert checkpoints(tmp_path)[-1] == str(STEPS)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_both_at_one_checkpoint(tmp_path, expected):
   options = ("--save-every=100", "--pause=0.2")
   with worker(tmp_path, *options, processes=2, devices=2, mesh="2x2") as group:

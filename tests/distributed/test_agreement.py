@@ -177,8 +177,8 @@ def check_full_disk(files, directory):
 
     def run(self, requests, progress):
       for place in range(len(requests)):
-        calls.append(place)
         progress(place, len(requests))
+        calls.append(place)
         yield place, Completion(place, 0, list(range(3, 9)), [-1.0] * 6, [-1.0] * 6, 0.0, 0.0, "length")
 
     def statistics(self):

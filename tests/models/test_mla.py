@@ -24,7 +24,9 @@ def test_both_forms_agree():
   query, latents = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, 5, 4, 18), (2, 9, 28)))
   positions = jnp.array([[0, 2, 4, 6, 8], [1, 3, 5, 7, 8]])
   expanded = cached_attention(query, *mla._expanded(latents), positions, scale=mla.scale)
-  absorbed = mla._absorbed(query, latents, positions)
+  rows = latents[:, :, None]
+  attend = lambda query: cached_attention(query, rows, rows[..., : mla.mla.kv_lora_rank], positions, scale=mla.scale)
+  absorbed = mla._absorbed(query, attend)
   assert expanded.shape == (2, 5, 4, 14)
   assert expanded.std() > 0.3
   np.testing.assert_allclose(absorbed, expanded, rtol=0, atol=1e-5)

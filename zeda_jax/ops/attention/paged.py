@@ -75,7 +75,7 @@ def blocks(
   _, num_pages, *some, page_size, _ = pages[0].shape
   groups = math.prod(some)
   query = query.reshape(batch, groups, heads // groups, -1) * scale
-  flat = [p.reshape(-1, math.prod(p.shape[2:])) for p in pages]  # [L * P, M * G * D]
+  flat = [p.reshape(-1, *p.shape[2:]) for p in pages]  # [L * P, *M, G, D]; joining more would copy a TPU's tiles
   # The last page of a row, which it may not fill, is apart from the full ones: only there is anything to be masked.
   full = jnp.maximum(lengths - 1, 0) // page_size
   ends = jnp.cumsum(full)  # the full pages of row b are the numbers ends[b] - full[b] .. ends[b] of the list
@@ -84,7 +84,7 @@ def blocks(
   def attend(query: Array, row: Array, place: Array, mask: Array | None) -> tuple[Array, Array, Array]:
     """Of one page per item: [I, M, Q, V] unscaled, sum and largest of the logits [I, M, Q]."""
     page = layer * num_pages + jnp.clip(table[row, place], 0, num_pages - 1)
-    taken = [p[page].reshape(-1, groups, page_size, p.shape[1] // (groups * page_size)) for p in flat]
+    taken = [p[page].reshape(-1, groups, *p.shape[-2:]) for p in flat]
     key, value = taken[0], taken[0][..., :width] if len(taken) == 1 else taken[1]
     logits = jnp.einsum("imqd,imgd->imqg", query, key, preferred_element_type=jnp.float32)
     if mask is not None:
