@@ -21,7 +21,7 @@ usage: zeda {command} --config=configs/tiny.py --config.teacher=DIR --config.pro
     --config.student.num_zero_experts=64 half the experts by default
     --config.sft.weight=3                share of zero picks, w N_Z / (N + w N_Z); opd.weight too
     --config.sft.trainable=router        all | router | router+norms; opd.trainable likewise
-    --config.rollout.engine=openai       jax | openai: from a server, --config.rollout.url=http://…
+    --config.rollout.engine=openai       jax | openai: a server, --config.rollout.url=http://…
     --config.sft.loss=forward_kl         cross_entropy | forward_kl
     --config.opd.loss=reverse_kl         sampled | reverse_kl
     --config.evaluate.num_prompts=256    held out of the prompts, or --config.evaluate.prompts=FILE

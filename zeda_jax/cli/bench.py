@@ -1,4 +1,4 @@
-"""`zeda bench`: tables of the grouped matmul's, the MoE layer's and a whole model's speed on this machine."""
+"""`zeda bench`: speed of the grouped matmul, the MoE layer and a whole model on this machine."""
 
 import argparse
 

@@ -20,8 +20,8 @@ usage: zeda compare --config=configs/tiny.py --config.teacher=DIR --config.promp
                   renormalized    zero experts, survivors' weights scaled up
   --config...              as for `zeda adapt`, whose workdir may be given to go on from it
 
-Every trained variant costs as much as the recipe's own SFT and OPD. The table is WORKDIR/summary.md,
-the training of the variants is in WORKDIR/variants/. The same command again goes on.
+Every trained variant costs as much as the recipe's own SFT and OPD. The table is in
+WORKDIR/summary.md, the training in WORKDIR/variants/. The same command again goes on.
 """
 
 

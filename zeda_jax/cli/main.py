@@ -25,7 +25,7 @@ COMMANDS = {
   "generate": ("generate", "answer prompts with a static or dynamic checkpoint"),
   "serve": ("serve", "an OpenAI-compatible HTTP server for a static or dynamic checkpoint"),
   "evaluate": ("evaluate", "scores on benchmarks by the paper's protocol; two models compared"),
-  "bench": ("bench", "speed of the grouped matmul and of the MoE layer on this machine"),
+  "bench": ("bench", "speed of the grouped matmul, the MoE layer and whole models here"),
 }
 
 _USAGE = """zeda: post-trained mixture-of-experts models that skip half of their expert work
