@@ -106,7 +106,6 @@ def _answer(
   ]
 
   def show(done: int, total: int) -> None:
-    raise_together()  # if the records before these could not be written
     if done < total:  # the last ones are reported once the shard is on disk
       progress(done)
 
@@ -120,3 +119,4 @@ def _answer(
         prompts[index], index, tokens[written], sample.tokens, sample.logprobs, finished=sample.finished
       )
       written += 1
+    raise_together()  # if a record could not be written; before all take part in the engine's next step
