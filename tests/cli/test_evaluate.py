@@ -8,6 +8,7 @@ from zeda_jax.cli import main as cli
 from zeda_jax.demo.run import TEACHER
 
 
+@pytest.mark.slow
 def test_the_demos_families(tmp_path, capsys):
   command = ["evaluate", str(TEACHER), "--tasks=demo_math,demo_code", "--limit=6", f"--output={tmp_path / 'a'}"]
   assert cli.main(command) == 0

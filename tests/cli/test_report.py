@@ -50,6 +50,7 @@ def report(files):
   return files / "report"
 
 
+@pytest.mark.slow
 def test_page_and_numbers(files, report):
   assert (report / "index.html").stat().st_size < 2**20
   found = json.loads((report / "report.json").read_text())
@@ -62,6 +63,7 @@ def test_page_and_numbers(files, report):
   assert graded["average"] == found["dial"][0]["accuracy"]
 
 
+@pytest.mark.slow
 def test_ratio_is_that_of_generation(files, report):
   """r_ZE measured in one pass over the texts is the one counted while they were generated."""
   found = json.loads((report / "report.json").read_text())["dial"][1]
@@ -80,6 +82,7 @@ def test_ratio_is_that_of_generation(files, report):
   assert same["ratio_response"][0] == pytest.approx(expected, abs=2e-3)  # a tie may fall otherwise in another program
 
 
+@pytest.mark.slow
 def test_drawn_again_without_a_model(files, report, monkeypatch, capsys):
   monkeypatch.setattr("zeda_jax.analysis.subject.load_hf", lambda *_: pytest.fail("the models were read again"))
   page = (report / "index.html").read_bytes()
@@ -89,6 +92,7 @@ def test_drawn_again_without_a_model(files, report, monkeypatch, capsys):
   assert f"report: {report / 'index.html'}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_settings_want_another_directory(files, report, capsys):
   before = everything(report)
   assert cli.main(flags(files, report, seed=3)) == 2

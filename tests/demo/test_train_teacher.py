@@ -110,6 +110,7 @@ def test_a_tiny_glm_learns_the_tasks_and_skips_half_of_its_experts(tmp_path):
   assert json.loads((tmp_path / "main/student/config.json").read_text())["model_type"] == "glm4_moe_lite_plus_plus"
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_is_repeatable(monkeypatch, capsys):
   monkeypatch.setattr(train_teacher, "teacher_config", lambda: TINY)
   arguments = {
