@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from zeda_jax.ops.varying import zeros
 
-BLOCK = 512
+BLOCK = 128
 _MASKED = -1e30  # finite: differences of it are numbers, not NaN
 _NOWHERE = jnp.iinfo(jnp.int32).max
 
@@ -116,10 +116,11 @@ def _forward(query, key, value, blocks: _Blocks, scale: float):
   def of_queries(_, inputs):
     i, query = inputs
     _, size, groups, shared, _ = query.shape
+    by_head = query.transpose(0, 2, 3, 1, 4)
 
     def of_keys(j, carry):
       out, total, largest = carry
-      logits = scale * jnp.einsum("bqmgd,bkmd->bmgqk", query, key_blocks[j], preferred_element_type=jnp.float32)
+      logits = scale * jnp.einsum("bmgqd,bkmd->bmgqk", by_head, key_blocks[j], preferred_element_type=jnp.float32)
       mask = blocks.mask(i, j)
       new_largest = jnp.maximum(largest, jnp.where(mask, logits, _MASKED).max(axis=-1, keepdims=True))
       weights = jnp.where(mask, jnp.exp(logits - new_largest), 0)
