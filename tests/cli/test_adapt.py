@@ -121,10 +121,15 @@ def test_runs_through_and_is_quiet(uninterrupted):
   assert lines[-1] == f"of OPD: {workdir / 'opd'}"
 
 
-def test_killed_in_every_stage_it_ends_the_same(files, uninterrupted, tmp_path):
+@pytest.mark.parametrize(
+  "stages",
+  [("rollout", "opd", "export"), pytest.param(STAGES, marks=pytest.mark.slow)],
+  ids=["what each kind of stage writes", "every stage"],
+)
+def test_killed_it_ends_the_same(files, uninterrupted, tmp_path, stages):
   workdir, delays = tmp_path / "w", random.Random(0)
   prompts = JsonLines(files / "prompts.jsonl")
-  for stage in STAGES:
+  for stage in stages:
     status, _, err = interrupt(stage, signal.SIGKILL, files, workdir, delays.uniform(0, 0.9))
     assert status == -signal.SIGKILL, err
     for shard in (workdir / "rollouts").glob("*.jsonl"):  # what counts as finished is whole

@@ -1,14 +1,10 @@
 """The training step on a mesh of eight fake devices, in a process of its own, equals the single device's."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import numpy as np
 
 from tests.distill.batches import BALANCE, make_batch
+from tests.multiprocess import run_everywhere
 from tests.tiny_models import tiny_model
 from zeda_jax.distill.objectives import Objective
 from zeda_jax.distill.optimizer import OptimizerConfig, make_optimizer
@@ -17,7 +13,6 @@ from zeda_jax.models.decoder import inject
 from zeda_jax.models.params import reconfigured, split_model, trainable_partition
 from zeda_jax.sharding import Rules, Sharding, make_mesh
 
-ROOT = pathlib.Path(__file__).parents[2]
 # With the usual eps, Adam turns the rounding of a gradient near 0 into an update as large as any; not so with this one.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_fraction=0.0, eps=1e-3)
 
@@ -60,8 +55,4 @@ def check_step():
 
 
 def test_steps_on_a_mesh_equal_those_of_one_device():
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-  code = "from tests.distill import test_sharded_step as t; t.check_step()"
-  command = [sys.executable, "-c", code]
-  child = subprocess.run(command, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, check=False)
-  assert child.returncode == 0, child.stderr[-4000:]
+  run_everywhere("tests.distill.test_sharded_step:check_step", 1, 8)

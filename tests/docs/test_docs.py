@@ -41,6 +41,9 @@ def test_the_site_builds_without_warnings(tmp_path):
 def test_the_settings_page_is_that_of_the_source():
   result = run(sys.executable, "docs/config_reference.py", "--check")
   assert result.returncode == 0, result.stderr
+  rows = [line for line in (ROOT / "docs" / "config.md").read_text().splitlines() if line.startswith("| `")]
+  assert len(rows) > 70
+  assert [row for row in rows if not row.split(" | ")[-1].strip(" |")] == []  # each says what it means
 
 
 def test_every_page_is_in_the_navigation():

@@ -8,7 +8,6 @@ import pytest
 from tests.tiny_models import GLM, forward, random_tokens, tiny_config, tiny_model
 from zeda_jax.errors import ZedaError
 from zeda_jax.models import experts
-from zeda_jax.models.cache import init_cache
 from zeda_jax.models.decoder import Decoder, DecoderOutput, abstract_decoder, inject, segment_positions
 from zeda_jax.models.params import merge_model, reconfigured, split_model
 from zeda_jax.router_rows import new_router_rows
@@ -281,19 +280,6 @@ def test_logits_are_the_head_applied_to_the_hidden_states():
   untied, tied = tiny_model(), tiny_model(tie_word_embeddings=True)
   np.testing.assert_allclose(untied.logits(hidden), hidden @ untied.lm_head.kernel[...], rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(tied.logits(hidden), hidden @ tied.embed.embedding[...].T, rtol=1e-5, atol=1e-5)
-
-
-def test_a_cache_filled_in_steps_gives_the_same():
-  model = inject(tiny_model(moe_layers=(True, False)), 3)
-  graphdef, params = split_model(model)
-  step = jax.jit(lambda p, *inputs, cache: merge_model(graphdef, p).hidden(*inputs, cache=cache))
-  cache, found = init_cache(model.config, 2, 24), []
-  for start in (0, 8, 16):
-    positions = jnp.broadcast_to(jnp.arange(start, start + 8), (2, 8))
-    out = step(params, TOKENS[:, start : start + 8], None, positions, cache=cache)
-    cache = out.cache
-    found.append(model.logits(out.hidden))
-  np.testing.assert_allclose(jnp.concatenate(found, axis=1), forward(model, TOKENS).logits, rtol=0, atol=1e-4)
 
 
 def test_auxiliary_losses_are_reported_per_moe_layer_for_real_tokens():

@@ -1,18 +1,14 @@
 """Models spread over meshes of eight devices equal the single device: outputs, losses, gradients, picks.
 
-Everything here runs in one process of its own with eight fake devices, which the tests share.
+Every test runs in a process of its own with eight fake devices.
 """
-
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.multiprocess import run_everywhere
 from tests.tiny_models import GLM, random_tokens, tiny_model
 from zeda_jax.checkpoint.huggingface import load_hf, save_hf
 from zeda_jax.models import expert_parallel
@@ -22,7 +18,7 @@ from zeda_jax.models.params import merge_model, reconfigured, split_model
 from zeda_jax.sharding import Rules, Sharding, make_mesh
 from zeda_jax.zero_experts import group_balance_loss, zero_expert_ratio
 
-ROOT = pathlib.Path(__file__).parents[2]
+THIS = "tests.models.test_expert_parallel"
 MESHES = ((1, 1), (8, 1), (1, 8), (2, 4), (4, 2))
 ALL_CUT = Rules(replicated_below=0)  # tiny parameters are cut like large ones
 FAMILIES = {"qwen3": {}, "glm": GLM}
@@ -174,7 +170,7 @@ def loss_and_gradients(graphdef):
   return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def check_model(family):
+def check_model(family, meshes):
   model = tiny_model(num_experts=EXPERTS, num_zero_experts=ZERO, **FAMILIES[family])
   graphdef, params = split_model(model)
   if family == "glm":  # a bias of 1e4 gives zero experts the score 1, and corrections must not undo that
@@ -190,7 +186,7 @@ def check_model(family):
   expected = [reference(params, tokens, segment_ids, bias) for bias in biases]
   ratios = [zero_expert_ratio(e[0][1][1].picks, EXPERTS) for e in expected]
   assert ratios[0] == 0 and 0.1 < ratios[1] < 0.9 and ratios[2] == 1, ratios
-  for mesh in MESHES:
+  for mesh in meshes:
     sharding = sharding_of(*mesh, rules=ALL_CUT)
     run = loss_and_gradients(split_model(reconfigured(model, sharding=sharding))[0])
     placed = jax.device_put(params, sharding.state(params))
@@ -227,26 +223,30 @@ def check_loading(directory):
 # --- in a process of its own --------------------------------------------------------------------------------------
 
 
-def in_child(call):
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-  code = f"from tests.models import test_expert_parallel as t; t.{call}"
-  command = [sys.executable, "-c", code]
-  child = subprocess.run(command, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, check=False)
-  assert child.returncode == 0, child.stderr[-4000:]
+def in_child(check, *arguments):
+  run_everywhere(f"{THIS}:{check}", 1, 8, *arguments)
 
 
 def test_experts_on_meshes_equal_one_device_and_rows_are_counted():
-  in_child("check_layer()")
+  in_child("check_layer")
 
 
 def test_the_ragged_exchange_is_called_as_documented():
-  in_child("check_ragged()")
+  in_child("check_ragged")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_models_on_meshes_equal_one_device(family):
-  in_child(f"check_model({family!r})")
+@pytest.mark.parametrize(
+  ("family", "meshes"),
+  [
+    ("qwen3", ((1, 1), (8, 1), (2, 4))),
+    ("glm", ((1, 8), (4, 2))),
+    pytest.param("qwen3", MESHES, marks=pytest.mark.slow),
+    pytest.param("glm", MESHES, marks=pytest.mark.slow),
+  ],
+)
+def test_models_on_meshes_equal_one_device(family, meshes):
+  in_child("check_model", family, meshes)
 
 
 def test_a_checkpoint_is_read_right_into_its_shards(tmp_path):
-  in_child(f"check_loading({str(tmp_path / 'model')!r})")
+  in_child("check_loading", tmp_path / "model")

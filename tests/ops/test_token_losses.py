@@ -1,10 +1,6 @@
 """Chunked losses against naive full-logit versions: values against numpy, gradients against jax's own."""
 
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from tests.multiprocess import run_everywhere
 from zeda_jax.errors import ZedaError
 from zeda_jax.ops.token_losses import (
   CHUNK_BYTES,
@@ -336,11 +333,12 @@ def check_sharded():
 
 
 def test_sharded_jit():
-  root = pathlib.Path(__file__).parents[2]
-  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-  code = "from tests.ops import test_token_losses as t; t.check_sharded(); t.check_on_mesh()"
-  child = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
-  assert child.returncode == 0, child.stderr
+  run_everywhere("tests.ops.test_token_losses:check_on_four_devices", 1, 4)
+
+
+def check_on_four_devices():
+  check_sharded()
+  check_on_mesh()
 
 
 def test_bad_arguments_are_refused():

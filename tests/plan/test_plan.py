@@ -101,6 +101,29 @@ def test_on_policy_rows():
   assert (opd.rows, opd.row_length, opd.idle_devices) == (32, 8192, 32)
 
 
+def test_sampling_ahead_holds_the_engine_beside_the_step():
+  settings = {"opd.max_new_tokens": 7168, "mesh.expert": 4}
+  plan, ahead = (plan_of(stage="opd", **settings, **{"opd.overlap": overlap})[0] for overlap in (False, True))
+  more = {kind: value for kind, value in ahead.memory.items() if kind not in plan.memory}
+  assert more.keys() == {"engine's parameters", "engine's cache"}
+  # Experts over all 64 devices, everything else whole on each; pages for one response of 8192 tokens.
+  others = 48 * (2 * 2048 * 4096 + 2 * 2048 * 512 + 192 * 2048) + 2 * 151936 * 2048
+  experts = 48 * 128 * 3 * 2048 * 768
+  assert more["engine's parameters"] == pytest.approx(2 * (others + experts / 64), rel=0.01)
+  assert more["engine's cache"] == pytest.approx(8192 * 48 * 2 * 4 * 128 * 2, rel=0.01)
+  assert ahead.needed == pytest.approx(plan.needed + sum(more.values()))
+  assert ahead.settings["opd.overlap"] and ahead.times == plan.times
+
+
+def test_on_one_device_the_engine_copies_what_is_trained():
+  of = lambda trainable: plan_of("v5e:1x1", "opd", **{
+    "mesh.expert": 1, "opd.max_new_tokens": 1024, "opd.overlap": True, "opd.trainable": trainable
+  })[0].memory  # fmt: skip
+  everything, routers = of("all"), of("router")
+  assert everything["engine's parameters"] == pytest.approx(everything["parameters"])
+  assert 0 < routers["engine's parameters"] < 0.01 * everything["engine's parameters"]
+
+
 @pytest.mark.parametrize(
   "message, needed",
   [

@@ -1,15 +1,10 @@
 """Collectives counted in optimized HLO: written by hand, and compiled for eight devices in a process of its own."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
+from tests.multiprocess import run_everywhere
 from zeda_jax.plan.program import Sent, sent
 
-ROOT = pathlib.Path(__file__).parents[2]
 MB = 2**20
 # 48 layers with a gather over 16 devices and a scatter inside a fusion; an exchange in a loop that makes no round.
 PROGRAM = """
@@ -84,10 +79,7 @@ def check_compiled():
 
 
 def test_a_compiled_scan():
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-  command = [sys.executable, "-c", "from tests.plan import test_program as t; t.check_compiled()"]
-  child = subprocess.run(command, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, check=False)
-  assert child.returncode == 0, child.stderr[-3000:]
+  run_everywhere("tests.plan.test_program:check_compiled", 1, 8)
 
 
 def test_a_collective_outside_any_loop_counts_once():

@@ -1,21 +1,16 @@
 """The engine on a mesh of four devices gives the tokens of one device; in a process of its own, with fake devices."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
 
+from tests.multiprocess import run_everywhere
 from tests.tiny_models import GLM, tiny_model
 from zeda_jax.models.params import merge_model, reconfigured, split_model
 from zeda_jax.rollout.engine import Engine
 from zeda_jax.rollout.requests import Request
 from zeda_jax.sharding import Rules, Sharding, make_mesh
 
-ROOT = pathlib.Path(__file__).parents[2]
 FAMILIES = {"qwen3": {"moe_layers": (True,)}, "glm": GLM}
 RNG = np.random.default_rng(0)
 REQUESTS = [
@@ -49,7 +44,4 @@ def check(family):
 
 @pytest.mark.parametrize("family", ["glm", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_a_mesh_gives_the_tokens_of_one_device(family):
-  flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-  command = [sys.executable, "-c", f"from tests.rollout import test_engine_mesh as t; t.check({family!r})"]
-  child = subprocess.run(command, cwd=ROOT, env=os.environ | flags, capture_output=True, text=True, check=False)
-  assert child.returncode == 0, child.stderr[-4000:]
+  run_everywhere("tests.rollout.test_engine_mesh:check", 1, 4, family)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from zeda_jax.errors import ZedaError
-from zeda_jax.rollout.sampling import RowSampling, Sampling, filter_logits, filter_rows, sample, sample_rows
+from zeda_jax.rollout.sampling import RowSampling, Sampling, filter_rows, sample_rows
 
 
 def plain_distribution(logits, temperature, top_k, top_p, min_p=0.0):
@@ -43,40 +43,58 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_the_distribution_equals_numpy(setting):
-  logits = 2 * np.random.default_rng(0).standard_normal((6, 12)).astype(np.float32)
-  found = jax.nn.softmax(filter_logits(jnp.asarray(logits), Sampling(*setting)), axis=-1)
-  expected = np.stack([plain_distribution(row, *setting) for row in logits])
-  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
-  np.testing.assert_array_equal(np.asarray(found) > 0, expected > 0)
+def row_sampling(settings):
+  temperature, top_k, top_p, min_p = zip(*((*s, *(0.0,) * (4 - len(s))) for s in settings), strict=True)
+  wide = lambda column: np.array(column, np.float32)
+  return RowSampling(wide(temperature), np.array(top_k, np.int32), wide(top_p), wide(min_p))
 
 
-def compiled(*top):
-  return jax.jit(lambda logits: filter_logits(logits, Sampling(1.0, *top)))
+FILTER = jax.jit(filter_rows)
+SAMPLE = jax.jit(sample_rows)
 
 
-FILTERS = {top: compiled(*top) for top in ((0, 0.5), (4, 0.9))}
+def test_the_distribution_equals_numpy():
+  logits = 2 * np.random.default_rng(0).standard_normal((len(SETTINGS), 6, 12)).astype(np.float32)
+  for i in range(6):
+    found = jax.nn.softmax(FILTER(logits[:, i], row_sampling(SETTINGS)), axis=-1)
+    expected = np.stack(
+      [plain_distribution(row, *setting) for row, setting in zip(logits[:, i], SETTINGS, strict=True)]
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(np.asarray(found) > 0, expected > 0)
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
-@hypothesis.given(
-  rows=st.lists(st.lists(st.integers(-40, 40), min_size=7, max_size=7, unique=True), min_size=3, max_size=3),
-  top=st.sampled_from(list(FILTERS)),
-)
-def test_any_logits(rows, top):
-  logits = np.array(rows, np.float32) / 4
-  kept = np.isfinite(FILTERS[top](logits))
-  for row, keep in zip(logits, kept, strict=True):
-    expected = plain_distribution(row, 1.0, *top) > 0
-    np.testing.assert_array_equal(keep, expected)
+@hypothesis.given(seed=st.integers(0, 2**16), steps=st.sampled_from([4, 1000]), scale=st.sampled_from([0.1, 2.0, 20.0]))
+def test_any_logits_and_settings(seed, steps, scale):
+  rng = np.random.default_rng(seed)
+  settings = [SETTINGS[i] for i in rng.integers(0, len(SETTINGS), 5)]
+  logits = np.stack([rng.permutation(12) for _ in range(5)]) + rng.integers(0, steps, (5, 12)) / (2.0 * steps)
+  logits = (scale / 12 * (logits - 5)).astype(np.float32)  # all different, and both signs
+  kept = np.isfinite(FILTER(logits, row_sampling(settings)))
+  for row, keep, setting in zip(logits, kept, settings, strict=True):
+    np.testing.assert_array_equal(keep, plain_distribution(row, *setting) > 0)
+
+
+def test_equal_tokens_are_kept_together():
+  logits = np.array([[1.0, 1.0, 0.0, -0.0, 3.0, 1.0]], np.float32)
+  best, ones, zeros = logits[0] == 3, logits[0] == 1, logits[0] == 0
+  cases = {
+    (1.0, 1, 1.0): best,
+    (1.0, 2, 1.0): best | ones,
+    (1.0, 0, 0.75): best | ones,  # the best one has 0.67 of the mass
+    (1.0, 5, 0.9): best | ones,
+    (1.0, 5, 1.0): best | ones | zeros,
+  }
+  for setting, kept in cases.items():
+    found = FILTER(logits, row_sampling([setting]))[0]
+    np.testing.assert_array_equal(found, np.where(kept, logits[0], -np.inf))
 
 
 def test_samples_follow_the_distribution():
-  setting = Sampling(0.8, 5, 0.9)
   logits = np.random.default_rng(0).standard_normal(8).astype(np.float32)
   keys = jax.random.split(jax.random.key(0), 20000)
-  tokens, logprobs = jax.jit(lambda keys: sample(jnp.tile(logits, (20000, 1)), keys, setting))(keys)
+  tokens, logprobs, _ = SAMPLE(jnp.tile(logits, (20000, 1)), keys, row_sampling([(0.8, 5, 0.9)] * 20000))
   frequency = np.bincount(tokens, minlength=8) / 20000
   np.testing.assert_allclose(frequency, plain_distribution(logits, 0.8, 5, 0.9), atol=0.015)
   # Log-probabilities are the model's own: temperature 1, nothing cut off.
@@ -86,7 +104,7 @@ def test_samples_follow_the_distribution():
 
 def test_greedy_takes_the_best_and_the_first_among_equals():
   logits = jnp.array([[0.0, 3.0, 1.0], [2.0, 2.0, 2.0]])
-  tokens, logprobs = sample(logits, jax.random.split(jax.random.key(0), 2), Sampling(0.0))
+  tokens, logprobs, _ = SAMPLE(logits, jax.random.split(jax.random.key(0), 2), row_sampling([(0.0, 0, 1.0)] * 2))
   np.testing.assert_array_equal(tokens, [1, 0])
   assert tokens.dtype == jnp.int32
   np.testing.assert_allclose(logprobs, [jax.nn.log_softmax(logits[0])[1], -np.log(3)], rtol=1e-6)
@@ -95,10 +113,29 @@ def test_greedy_takes_the_best_and_the_first_among_equals():
 def test_a_row_draws_from_its_own_key():
   keys = jax.random.split(jax.random.key(3), 5)
   logits = jnp.zeros((5, 50))
-  tokens, _ = sample(logits, keys, Sampling())
-  alone, _ = sample(logits[2:3], keys[2:3], Sampling())
+  tokens, *_ = SAMPLE(logits, keys, row_sampling([(1.0, 0, 1.0)] * 5))
+  alone, *_ = SAMPLE(logits[2:3], keys[2:3], row_sampling([(1.0, 0, 1.0)]))
   assert alone[0] == tokens[2]
   assert len(set(tokens.tolist())) > 1
+
+
+def test_rows_with_their_own_settings_draw_what_jax_draws_from_numpys_distribution():
+  settings = [*SETTINGS, (0.0, 0, 1.0), (0.0, 3, 0.5)]
+  logits = 2 * np.random.default_rng(0).standard_normal((len(settings), 50)).astype(np.float32)
+  keys = jax.random.split(jax.random.key(0), len(settings))
+  tokens, logprobs, drawn = SAMPLE(logits, keys, row_sampling(settings))
+  for i, setting in enumerate(settings):
+    expected, under = logits[i].argmax(), 0.0
+    if setting[0] > 0:
+      with np.errstate(divide="ignore"):
+        kept = np.log(plain_distribution(logits[i], *setting)).astype(np.float32)
+      expected = jax.random.categorical(keys[i], kept)
+      under = kept[tokens[i]]
+    assert tokens[i] == expected
+    np.testing.assert_allclose(logprobs[i], jax.nn.log_softmax(logits[i])[tokens[i]], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(drawn[i], under, rtol=0, atol=1e-5)
+  greedy = row_sampling([(0.0, 0, 1.0)] * len(settings))
+  np.testing.assert_array_equal(SAMPLE(logits, keys, greedy)[0], logits.argmax(axis=1))
 
 
 @pytest.mark.parametrize(
@@ -118,49 +155,3 @@ def test_a_row_draws_from_its_own_key():
 def test_bad_settings(setting, words):
   with pytest.raises(ZedaError, match=words):
     Sampling(**setting)
-
-
-# --- one setting per row ------------------------------------------------------------------------------------------
-
-
-def row_sampling(settings):
-  temperature, top_k, top_p, min_p = zip(*((*s, *(0.0,) * (4 - len(s))) for s in settings), strict=True)
-  wide = lambda column: np.array(column, np.float32)
-  return RowSampling(wide(temperature), np.array(top_k, np.int32), wide(top_p), wide(min_p))
-
-
-ROW_FILTER = jax.jit(filter_rows)
-
-
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
-@hypothesis.given(seed=st.integers(0, 2**16), steps=st.sampled_from([4, 1000]), scale=st.sampled_from([0.1, 2.0, 20.0]))
-def test_rows_with_their_own_settings_keep_what_numpy_keeps(seed, steps, scale):
-  rng = np.random.default_rng(seed)
-  settings = [SETTINGS[i] for i in rng.integers(0, len(SETTINGS), 5)]
-  logits = np.stack([rng.permutation(12) for _ in range(5)]) + rng.integers(0, steps, (5, 12)) / (2.0 * steps)
-  logits = (scale / 12 * (logits - 5)).astype(np.float32)  # all different, and both signs
-  kept = np.isfinite(ROW_FILTER(logits, row_sampling(settings)))
-  for row, keep, setting in zip(logits, kept, settings, strict=True):
-    np.testing.assert_array_equal(keep, plain_distribution(row, *setting) > 0)
-
-
-def test_equal_tokens_are_kept_together_as_by_filter_logits():
-  logits = np.array([[1.0, 1.0, 0.0, -0.0, 3.0, 1.0]], np.float32)
-  for setting in ((1.0, 2, 1.0), (1.0, 0, 0.75), (1.0, 5, 0.9), (1.0, 5, 1.0)):
-    expected = filter_logits(jnp.asarray(logits), Sampling(*setting))
-    np.testing.assert_array_equal(ROW_FILTER(logits, row_sampling([setting])), expected)
-
-
-def test_rows_draw_what_sample_draws_with_their_setting():
-  settings = [*SETTINGS, (0.0, 0, 1.0), (0.0, 3, 0.5)]
-  logits = 2 * np.random.default_rng(0).standard_normal((len(settings), 50)).astype(np.float32)
-  keys = jax.random.split(jax.random.key(0), len(settings))
-  tokens, logprobs, drawn = jax.jit(sample_rows)(logits, keys, row_sampling(settings))
-  for i, setting in enumerate(settings):
-    expected = sample(logits[i : i + 1], keys[i : i + 1], Sampling(*setting))
-    assert tokens[i] == expected[0][0]
-    np.testing.assert_allclose(logprobs[i], expected[1][0], rtol=0, atol=1e-6)
-    under = 0.0 if setting[0] == 0 else np.log(plain_distribution(logits[i], *setting)[tokens[i]])
-    np.testing.assert_allclose(drawn[i], under, rtol=0, atol=1e-5)
-  greedy = row_sampling([(0.0, 0, 1.0)] * len(settings))
-  np.testing.assert_array_equal(jax.jit(sample_rows)(logits, keys, greedy)[0], logits.argmax(axis=1))

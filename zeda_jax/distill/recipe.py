@@ -73,23 +73,30 @@ def default_config() -> ml_collections.ConfigDict:
   `zeda_jax.adapt(config)`.
   """
   stage = {
-    "trainable": "all",  # all | router | router+norms
+    "trainable": "all",  # all | router | router+norms; what is not trained exists once for student and teacher
     "balance": "group",  # group (L_GA) | expert (L_A, ablation) | adamoe (baseline) | none
     "balance_tokens": "all",  # all (the paper) | response: short answers after long prompts want their own balance
     "weight": 2.0,  # w: target zero-expert ratio = w N_Z / (N + w N_Z)
     "coefficient": 0.1,  # alpha of the balance loss
-    "accumulate": 1,  # parts a batch is run in, one after the other
-    "save_every": 50,
-    "log_every": 1,
+    "accumulate": 1,  # parts a batch is run in, one after the other; must divide its rows, and saves memory
+    "save_every": 50,  # steps between checkpoints; a killed run repeats those after the last one
+    "log_every": 1,  # steps between rows of the metrics (CSV, JSONL, TensorBoard)
     "keep": 2,  # checkpoints that stay
   }
-  optimizer = {"weight_decay": 0.1, "b1": 0.9, "b2": 0.98, "eps": 1e-8, "clip_norm": 1.0, "warmup_fraction": 0.1}
+  optimizer = {
+    "weight_decay": 0.1,  # of AdamW, scaled by the learning rate; norms and biases do not decay
+    "b1": 0.9,  # decay of the mean of gradients, 0 to 1
+    "b2": 0.98,  # decay of the mean of their squares, 0 to 1
+    "eps": 1e-8,  # of AdamW's denominator
+    "clip_norm": 1.0,  # most that the norm of all gradients together may be; 0 clips nothing
+    "warmup_fraction": 0.1,  # share of all steps in which the learning rate rises from 0
+  }
   return ml_collections.ConfigDict(
     {
       "teacher": "",  # Hugging Face directory of the static model
       "prompts": "",  # JSONL or array_record: prompt or messages, optional label
       "workdir": "",  # everything is written below it
-      "seed": 0,
+      "seed": 0,  # of the zero experts' router rows, sampling and data order; the same seed gives the same run
       "dtype": "",  # of parameters and activations; empty keeps the checkpoint's
       "remat": "layer",  # none | dots | layer: what the backward pass recomputes (see zeda_jax.config.REMAT)
       "scan_unroll": 1,  # layers per iteration of the layer scan; small models run faster unrolled
@@ -105,10 +112,10 @@ def default_config() -> ml_collections.ConfigDict:
         "renormalize": False,  # a baseline: weights of normal picks scaled up to the sum of all K
       },
       "rollout": {
-        "max_new_tokens": 32768,
-        "temperature": 1.0,
-        "top_k": 0,
-        "top_p": 1.0,
+        "max_new_tokens": 32768,  # of an answer; with the prompt at most the model's context
+        "temperature": 1.0,  # 0 is greedy; 1 samples from the teacher's own distribution
+        "top_k": 0,  # only the k likeliest tokens are sampled; 0: all
+        "top_p": 1.0,  # only the likeliest tokens with this share of the probability are sampled; 1: all
         "batch_size": 64,  # responses sampled together
         "cache_tokens": 0,  # room in the cache, for all of these together; 0: for the longest that each could get
         "shard_size": 512,  # prompts per finished file; a killed run repeats those that were not finished
@@ -123,38 +130,47 @@ def default_config() -> ml_collections.ConfigDict:
       },
       "sft": {
         **stage,
-        "loss": "cross_entropy",  # cross_entropy | forward_kl
-        "epochs": 1,
-        "batch_size": 128,  # packed rows
-        "row_length": 32768,
-        "optimizer": {**optimizer, "learning_rate": 2e-5, "schedule": "cosine"},
+        "loss": "cross_entropy",  # cross_entropy (the paper) | forward_kl: of the teacher's whole distribution
+        "epochs": 1,  # passes over the rollouts; 0 leaves the stage out
+        "batch_size": 128,  # packed rows of a step
+        "row_length": 32768,  # tokens of a row, into which answers are packed; those that do not fit are cut
+        "optimizer": {
+          **optimizer,
+          "learning_rate": 2e-5,  # the highest, after the warm-up
+          "schedule": "cosine",  # cosine | linear (both fall to 0) | constant
+        },
       },
       "opd": {
         **stage,
-        "loss": "sampled",  # sampled | reverse_kl
-        "clip_low": 0.2,
-        "clip_high": 0.2,
-        "steps": 320,
-        "prompts_per_step": 16,
-        "samples_per_prompt": 2,
+        "loss": "sampled",  # sampled (the paper's policy gradient) | reverse_kl: exact, over the whole vocabulary
+        "clip_low": 0.2,  # sampled only: the ratio of new to old probabilities is clipped at 1 - clip_low, as in PPO
+        "clip_high": 0.2,  # and at 1 + clip_high
+        "steps": 320,  # 0 leaves the stage out
+        "prompts_per_step": 16,  # new ones each step; when all were used, they come again in another order
+        "samples_per_prompt": 2,  # responses to each; a step has prompts_per_step times as many rows
         "routing_replay": False,  # train on the experts that were picked while sampling, not on those picked now
-        "max_new_tokens": 32768,
-        "temperature": 1.0,
+        "max_new_tokens": 32768,  # of a response; rows are as long as this and the longest prompt
+        "temperature": 1.0,  # of the student's sampling; the loss takes it to be 1
         "cache_tokens": 0,  # as in rollout
         "overlap": False,  # sample the next batch while training on this one, with the parameters of one step earlier
-        "save_every": 10,
-        "optimizer": {**optimizer, "learning_rate": 5e-6, "schedule": "constant", "warmup_fraction": 0.0},
+        "save_every": 10,  # steps between checkpoints; a step takes longer than one of SFT
+        "optimizer": {
+          **optimizer,
+          "learning_rate": 5e-6,  # the highest, after the warm-up
+          "schedule": "constant",  # cosine | linear (both fall to 0) | constant
+          "warmup_fraction": 0.0,  # share of all steps in which the learning rate rises from 0
+        },
       },
       "export": {"plain": False},  # also write the plain-engine format
       "evaluate": {
         "prompts": "",  # held-out prompts; empty holds out `num_prompts` of the recipe's own
-        "num_prompts": 256,
+        "num_prompts": 256,  # that are held out and answered; 0: no evaluation
         "grader": "exact",  # exact | number; used where records have a label
-        "max_new_tokens": 32768,
-        "temperature": 0.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "batch_size": 64,
+        "max_new_tokens": 32768,  # of an answer; a longer one is cut there and graded as it is
+        "temperature": 0.0,  # 0: greedy
+        "top_k": 0,  # as in rollout
+        "top_p": 1.0,  # as in rollout
+        "batch_size": 64,  # answers sampled together; changes no result
         "distance": True,  # also measure KL divergences to the teacher
         "models": ("teacher", "injected", "sft", "student"),  # rows of the summary
       },

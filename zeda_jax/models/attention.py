@@ -7,10 +7,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from zeda_jax.config import ModelConfig
-from zeda_jax.models.cache import Cache, KVCache, update_cache
 from zeda_jax.models.layers import Linear, RMSNorm, apply_rope
 from zeda_jax.models.paged_cache import PagedCache
-from zeda_jax.ops.attention import attention, cached_attention
+from zeda_jax.ops.attention import attention
 
 
 class Attention(nnx.Module):
@@ -35,8 +34,8 @@ class Attention(nnx.Module):
     segment_ids: Int[Array, "B T"] | None,
     positions: Int[Array, "B T"],
     layer: Int[Array, ""],
-    cache: Cache | None,
-  ) -> tuple[Float[Array, "B T H"], Cache | None]:
+    cache: PagedCache | None,
+  ) -> tuple[Float[Array, "B T H"], PagedCache | None]:
     """With a cache, the new keys and values are written to it and the queries see its row up to their positions."""
     query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
     if self.config.qk_norm == "projection":
@@ -49,14 +48,10 @@ class Attention(nnx.Module):
     query, key = apply_rope(query, rope), apply_rope(key, rope)
     if cache is None:
       out = attention(query, key, value, segment_ids)
-    elif isinstance(cache, PagedCache):
+    else:
       cache = cache.write(layer, positions, segment_ids, key, value)
       if cache.fresh:
         out = attention(query, key, value, segment_ids)
       else:
         out = cache.attend(query, layer, positions, segment_ids)
-    else:
-      assert isinstance(cache, KVCache)
-      cache, key, value = update_cache(cache, layer, positions, key, value)
-      out = cached_attention(query, key, value, positions)
     return self.o_proj(out.reshape(*x.shape[:2], -1)), cache

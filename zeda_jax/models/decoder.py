@@ -14,10 +14,10 @@ from zeda_jax.config import ModelConfig
 from zeda_jax.distributed import to_host
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.attention import Attention
-from zeda_jax.models.cache import Cache
 from zeda_jax.models.layers import DenseMLP, Embedding, Linear, RMSNorm, rope_tables
 from zeda_jax.models.mla import MLA
 from zeda_jax.models.moe import MoELayer
+from zeda_jax.models.paged_cache import PagedCache
 from zeda_jax.ops.attention import SAVED
 from zeda_jax.sharding import Exchange
 from zeda_jax.zero_experts import Routing, new_router_rows
@@ -43,7 +43,7 @@ class HiddenOutput:
   picks: Int[Array, "L B T K"]
   pick_weights: Float[Array, "L B T K"]
   aux_loss: Float[Array, " L"]
-  cache: Cache | None
+  cache: PagedCache | None
   exchange: Exchange | None = None  # what was sent between devices; None where the model has no sharding
   replaced: Int[Array, "L B T"] | None = None  # own picks that replay left out; None without replay
 
@@ -88,10 +88,10 @@ class DecoderLayer(nnx.Module):
     self,
     x: Float[Array, "B T H"],
     layer: Int[Array, ""],
-    cache: Cache | None,
+    cache: PagedCache | None,
     shared: _Shared,
     replay: Int[Array, "B T K"] | None = None,
-  ) -> tuple[Float[Array, "B T H"], Cache | None, _Routed | None]:
+  ) -> tuple[Float[Array, "B T H"], PagedCache | None, _Routed | None]:
     with jax.named_scope("attention"):
       out, cache = self.attention(self.input_norm(x), shared.rope, shared.segment_ids, shared.positions, layer, cache)
       x = x + out
@@ -165,13 +165,14 @@ class Decoder(nnx.Module):
     positions: Int[Array, "B T"] | None = None,
     zero_expert_bias: float | Array = 0.0,
     *,
-    cache: Cache | None = None,
+    cache: PagedCache | None = None,
     aux_loss: AuxLoss | None = None,
     replay: Int[Array, "L B T K"] | None = None,
   ) -> HiddenOutput:
     """Everything but the head, for losses and samplers that never want all logits at once.
 
-    With a cache, `positions` are the cache slots the tokens go to, and segment_ids only tell padding (0) from tokens.
+    With a cache, each row is one sequence: segment_ids are 1 for its tokens and 0 for padding. It begins with this pass
+    (`PagedCache.fresh`), or it is one token that sees what the cache holds of it.
     `replay` are picks of the L MoE layers to take instead of the routers' own (see `zero_experts.route`).
     """
     if positions is None:

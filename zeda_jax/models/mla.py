@@ -3,12 +3,11 @@
 A token leaves one latent vector and one rotary key behind, both shared by all heads; a head's keys and values are
 linear maps of the latent. Two forms give the same numbers:
 
-  expanded   keys = [W_K latent, rotary key], values = W_V latent, ordinary attention            (training)
+  expanded   keys = [W_K latent, rotary key], values = W_V latent, ordinary attention            (training, prefill)
   absorbed   queries [W_K^T q, rotary q] against [latent, rotary key], values = latent, then W_V (decode)
 
 The cache holds only the latents and rotary keys. In the absorbed form nothing is ever expanded per head and cached
-token: it is attention with a single key/value head of kv_lora_rank + rope_head_dim dimensions. Prompts are read into a
-cache in the form that takes fewer FLOPs.
+token: it is attention with a single key/value head of kv_lora_rank + rope_head_dim dimensions.
 """
 
 from collections.abc import Callable
@@ -19,11 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from zeda_jax.config import MLAConfig, ModelConfig, RopeConfig
-from zeda_jax.models.cache import Cache, LatentCache, update_latents
+from zeda_jax.config import ModelConfig, RopeConfig
 from zeda_jax.models.layers import Linear, RMSNorm, apply_rope, yarn_mscale
 from zeda_jax.models.paged_cache import PagedCache
-from zeda_jax.ops.attention import attention, cached_attention
+from zeda_jax.ops.attention import attention
 
 _LATENT_EPS = 1e-6  # of the two latent norms, whatever the model's rms_norm_eps is
 
@@ -56,23 +54,14 @@ class MLA(nnx.Module):
     segment_ids: Int[Array, "B T"] | None,
     positions: Int[Array, "B T"],
     layer: Int[Array, ""],
-    cache: Cache | None,
-  ) -> tuple[Float[Array, "B T H"], Cache | None]:
+    cache: PagedCache | None,
+  ) -> tuple[Float[Array, "B T H"], PagedCache | None]:
     """With a cache, the new latents are written to it and the queries see its row up to their positions."""
     query, latents = self._queries(x, rope), self._latents(x, rope)
     if cache is None:
       out = attention(query, *self._expanded(latents), segment_ids, scale=self.scale)
-    elif isinstance(cache, PagedCache):
-      cache, out = self._paged(query, latents, segment_ids, positions, layer, cache)
     else:
-      assert isinstance(cache, LatentCache)
-      cache, latents = update_latents(cache, layer, positions, latents)
-      if absorbing_is_cheaper(self.mla, x.shape[1]):
-        rows = latents[:, :, None].astype(query.dtype)  # one key/value head for all query heads
-        values = rows[..., : self.mla.kv_lora_rank]
-        out = self._absorbed(query, lambda query: cached_attention(query, rows, values, positions, scale=self.scale))
-      else:
-        out = cached_attention(query, *self._expanded(latents), positions, scale=self.scale)
+      cache, out = self._paged(query, latents, segment_ids, positions, layer, cache)
     return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
 
   def _queries(self, x: Float[Array, "B T H"], rope: tuple[Array, Array]) -> Float[Array, "B T N D"]:
@@ -124,16 +113,6 @@ class MLA(nnx.Module):
       nope, rotary = jnp.split(query, [nope_dim], axis=-1)
       query = jnp.concatenate([jnp.einsum("btnd,rnd->btnr", nope, to_key), rotary], axis=-1)
     return jnp.einsum("btnr,rnv->btnv", attend(query), to_value)
-
-
-def absorbing_is_cheaper(mla: MLAConfig, num_queries: int) -> bool:
-  """Whether attending to a cache takes fewer FLOPs absorbed than expanded: always for one query, never for many.
-
-  Per head and cached token, absorbing makes each query's products longer (R + rope and R instead of nope + rope and V
-  dimensions), and expanding costs R (nope + V) once. GLM-4.7-Flash: absorbed for fewer than 399 queries.
-  """
-  longer = 2 * mla.kv_lora_rank - mla.nope_head_dim - mla.v_head_dim
-  return num_queries == 1 or num_queries * longer < mla.kv_lora_rank * (mla.nope_head_dim + mla.v_head_dim)
 
 
 def _softmax_scale(rope: RopeConfig, head_dim: int) -> float:

@@ -6,12 +6,13 @@ the same time.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-from flax import nnx
+from flax import nnx, traverse_util
 
 from zeda_jax.config import ModelConfig
 from zeda_jax.errors import ZedaError
@@ -175,6 +176,37 @@ def check_load(load: Load, model: ModelConfig) -> None:
 def cache_bytes(load: Load, model: ModelConfig, devices: int) -> float:
   """Of one device's pages."""
   return float(load.pages(devices) // devices * page_bytes(model, load.page_size))
+
+
+def ahead_bytes(
+  config: ml_collections.ConfigDict, models: Models, prompt_tokens: int, sharding: Sharding
+) -> dict[str, float]:
+  """Bytes that one device holds beside the steps of OPD where `opd.overlap` samples while they run, by kind.
+
+  The engine has copies of the parameters in training, for the step donates its own, and of those that decoding wants at
+  other places of a mesh than training does. The others it shares.
+
+  Args:
+    config: the recipe.
+    models: teacher and student.
+    prompt_tokens: of the longest prompt.
+    sharding: of training.
+  """
+  settings = config.opd
+  if not settings.overlap:
+    return {}
+  params = combine(models.trained, models.frozen)
+  decoding = sharding.for_generation(models.config.num_experts)
+  flat, training, there = map(traverse_util.flatten_dict, (params, sharding.state(params), decoding.state(params)))
+  trained = traverse_util.flatten_dict(models.trained).keys()
+  parameters = 0.0
+  for path, x in flat.items():
+    shape = there[path].shard_shape(x.shape)
+    if path in trained or shape != training[path].shard_shape(x.shape):
+      parameters += math.prod(shape) * x.dtype.itemsize
+  rows = settings.prompts_per_step * settings.samples_per_prompt
+  load = Load(rows, prompt_tokens, settings.max_new_tokens, settings.cache_tokens).padded(sharding.num_devices)
+  return {"engine's parameters": parameters, "engine's cache": cache_bytes(load, models.config, sharding.num_devices)}
 
 
 def engine_model(models: Models, dynamic: bool) -> tuple[nnx.GraphDef, Params, ModelConfig]:

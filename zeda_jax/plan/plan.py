@@ -14,6 +14,7 @@ from zeda_jax.plan import estimate, work
 from zeda_jax.plan.aot import Compiled
 from zeda_jax.plan.apart import CompilerCrash, compile_apart, crash_note
 from zeda_jax.plan.chips import Topology
+from zeda_jax.plan.generation import ahead_bytes
 from zeda_jax.plan.program import Sent
 from zeda_jax.plan.roofline import Times, step_times
 from zeda_jax.plan.steps import (
@@ -96,6 +97,7 @@ def make_plan(
   state = train_arguments(config, stage, models, batch, sharding)[0]
   kinds = estimate.arguments(models, sharding, state.opt_state)
   kinds |= estimate.train_temporaries(models, batch, sharding)
+  ahead = ahead_bytes(config, models, prompt_tokens, sharding) if stage == "opd" else {}
   ragged = ragged_exchange(topology.chip.kind, topology.devices)
   traffic = estimate.train_traffic(models, batch, sharding, ragged)
   source, note, needed = "estimate", "", sum(kinds.values())
@@ -107,6 +109,7 @@ def make_plan(
       traffic = traffic if compiled.traffic is None else compiled.traffic
     except CompilerCrash as crash:
       note = crash_note(crash)
+  kinds, needed = kinds | ahead, needed + sum(ahead.values())
   flops = {str(r): _flops(config, stage, models, batch, topology.devices, r) for r in RATIOS}
   devices = topology.devices
   times = {}
@@ -142,7 +145,7 @@ def deciding_settings(config: ml_collections.ConfigDict, stage: str) -> dict[str
   names = ["remat", "mesh.data", "mesh.expert", "mesh.capacity"]
   more = {
     "sft": ("batch_size", "row_length", "accumulate", "trainable", "loss"),
-    "opd": ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "accumulate", "trainable", "loss"),
+    "opd": ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "accumulate", "trainable", "loss", "overlap"),
     "rollout": ("batch_size", "max_new_tokens"),
   }[stage]
   values = config.to_dict()
@@ -220,9 +223,9 @@ def suggestions(
 ) -> tuple[dict[str, Any], Plan] | None:
   """The cheapest change that makes a misfit fit, and the plan with it; None where none of those tried does.
 
-  Tried one after the other, each on top of those before that helped: remat, parts of a batch, more devices for the
-  experts, training the routers alone. `again(config, compiling)` makes a plan; what the estimate calls hopeless is not
-  compiled.
+  Tried one after the other, each on top of those before that helped: remat, parts of a batch, sampling and training in
+  turn, more devices for the experts, training the routers alone. `again(config, compiling)` makes a plan; what the
+  estimate calls hopeless is not compiled.
   """
   compiling = plan.source == "compiled"
   changes: dict[str, Any] = {}
@@ -268,6 +271,8 @@ def _candidates(plan: Plan, config: ml_collections.ConfigDict, model: ModelConfi
   rows = -(-plan.rows // plan.devices)
   parts = config[plan.stage].accumulate
   found += [(f"{plan.stage}.accumulate", n) for n in range(parts + 1, rows + 1) if rows % n == 0 and plan.rows % n == 0]
+  if plan.stage == "opd" and config.opd.overlap:
+    found.append(("opd.overlap", False))
   found += wider
   if config[plan.stage].trainable != "router":
     found.append((f"{plan.stage}.trainable", "router"))

@@ -1,7 +1,6 @@
 """Choosing the next token: temperature, top-k, top-p, min-p, with one rng stream per sequence.
 
-`sample` has one setting for all rows, known when the program is compiled; `sample_rows` has one per row, as arrays, so
-that sequences with different settings share a program. With equal settings both draw the same tokens from equal keys.
+Every row has settings of its own, as arrays, so that sequences with different settings share a program.
 """
 
 import dataclasses
@@ -36,41 +35,6 @@ class Sampling:
       raise ZedaError(f"min_p is {self.min_p}; expected 0 (off) to 1.")
 
 
-def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-  """Logits of the sampling distribution: scaled, with -inf where top-k, top-p or min-p cut (in that order)."""
-  logits = logits / sampling.temperature
-  if 0 < sampling.top_k < logits.shape[-1]:
-    least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-    logits = jnp.where(logits < least, -jnp.inf, logits)
-  if sampling.top_p < 1:
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    # A token stays while the mass of the tokens before it is below top_p; so the best one always stays.
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    least = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-    logits = jnp.where(logits < least, -jnp.inf, logits)
-  if sampling.min_p > 0:
-    least = logits.max(axis=-1, keepdims=True) + jnp.log(sampling.min_p)
-    logits = jnp.where(logits < least, -jnp.inf, logits)
-  return logits
-
-
-def sample(
-  logits: Float[Array, "B V"], keys: Key[Array, " B"], sampling: Sampling
-) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-  """The next token of each row and its log-probability under the model (temperature 1, unfiltered).
-
-  Every row draws from its own key, so what it samples does not depend on its neighbours.
-  """
-  if sampling.temperature == 0:
-    tokens = jnp.argmax(logits, axis=-1)
-  else:
-    tokens = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, sampling))
-  tokens = tokens.astype(jnp.int32)
-  logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, None], axis=-1)[:, 0]
-  return tokens, logprobs
-
-
 @struct.dataclass
 class RowSampling:
   """The fields of `Sampling`, one per row."""
@@ -87,7 +51,8 @@ def sample_rows(
   """The next token of each row, its log-probability under the model (temperature 1, unfiltered), and the one under the
   distribution that it was drawn from, which is 0 for greedy rows.
 
-  What no row asks for is not computed: random numbers, and the search for where top-k and top-p cut.
+  Every row draws from its own key, so what it samples does not depend on its neighbours. What no row asks for is not
+  computed: random numbers, and the search for where top-k and top-p cut.
   """
   best = _argmax(logits)
   of_token = lambda logits, tokens: jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=-1)[:, 0]
@@ -110,7 +75,10 @@ def _argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
 
 
 def filter_rows(logits: Float[Array, "B V"], sampling: RowSampling) -> Float[Array, "B V"]:
-  """`filter_logits` with a setting for each row; a greedy row's logits come back as they are."""
+  """Logits of the sampling distributions: scaled, with -inf where top-k, top-p or min-p cut (in that order).
+
+  Tokens as likely as the last one kept are kept as well. A greedy row's logits come back as they are.
+  """
   drawn = sampling.temperature > 0
   logits = logits / jnp.where(drawn, sampling.temperature, 1.0)[:, None]
   top_k = jnp.where(drawn & (sampling.top_k > 0), jnp.minimum(sampling.top_k, logits.shape[-1]), logits.shape[-1])

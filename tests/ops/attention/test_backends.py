@@ -9,8 +9,8 @@ import pytest
 
 from tests.ops.attention import oracle
 from zeda_jax.errors import ZedaError
-from zeda_jax.ops.attention import BACKENDS, api, attention, cached_attention, chunked, splash
-from zeda_jax.ops.attention.plain import cache_mask, masked_attention, packed_mask
+from zeda_jax.ops.attention import BACKENDS, api, attention, chunked, splash
+from zeda_jax.ops.attention.plain import masked_attention, packed_mask
 
 # heads, key/value heads, width of queries and keys, width of values
 HEADS = {"grouped": (4, 2, 16, 16), "one": (3, 1, 8, 8), "latent": (2, 2, 24, 16), "wide values": (2, 1, 8, 20)}
@@ -160,18 +160,6 @@ def test_chunks_inside_shard_map(check_vma):
   jax.tree.map(
     np.testing.assert_array_equal, jax.jit(mapped)(*qkv, segments, grad), found("chunked", *qkv, segments, grad)
   )
-
-
-def test_a_long_prompt_is_read_into_a_cache_in_chunks(monkeypatch):
-  monkeypatch.setattr(api, "LONG_CACHED", 2**10)
-  query, *_ = inputs(200)
-  _, key, value, _ = inputs(333, seed=1)
-  positions = np.stack([np.arange(200), np.minimum(100 + np.arange(200), 340)])
-  out = jax.jit(cached_attention)(query, key, value, positions)
-  mask = cache_mask(positions, 333)
-  np.testing.assert_allclose(out, masked_attention(query, key, value, mask, 0.25), rtol=0, atol=1e-5)
-  shapes = str(jax.make_jaxpr(cached_attention)(query, key, value, positions))
-  assert "200,333" not in shapes and "200,333" in str(jax.make_jaxpr(cache_mask, static_argnums=1)(positions, 333))
 
 
 def test_short_rows_are_the_plain_backend_bit_for_bit():

@@ -1,5 +1,5 @@
-"""Causal attention over grouped query heads: packed rows of any length, or a key/value cache."""
+"""Causal attention over grouped query heads: packed rows of any length."""
 
-from zeda_jax.ops.attention.api import BACKENDS, SAVED, attention, cached_attention
+from zeda_jax.ops.attention.api import BACKENDS, SAVED, attention
 
-__all__ = ["BACKENDS", "SAVED", "attention", "cached_attention"]
+__all__ = ["BACKENDS", "SAVED", "attention"]

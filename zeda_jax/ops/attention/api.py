@@ -1,4 +1,4 @@
-"""The two public functions, their gradients, and the choice of a backend.
+"""The public function, its gradient, and the choice of a backend.
 
 A backend is two plain functions (see `Backend`); what they share is here: the checks, padding, the custom gradient,
 vmap, meshes and the choice by platform.
@@ -17,12 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from zeda_jax.errors import ZedaError
 from zeda_jax.ops.attention import chunked, cudnn, splash
-from zeda_jax.ops.attention.plain import cache_mask, masked_attention, packed_mask
+from zeda_jax.ops.attention.plain import masked_attention, packed_mask
 from zeda_jax.ops.platforms import by_backend
 from zeda_jax.ops.varying import vary_alike
 
 LONG = 1024  # tokens of a row from which the [B, N, T, T] logits are never made
-LONG_CACHED = 2**20  # the same of queries x cache slots
 SAVED = "attention"  # checkpoint name of what the backward pass needs beside query, key and value
 
 
@@ -91,25 +90,6 @@ def attention(
   else:
     out = _on_mesh(functools.partial(_flash, _Options(backend, scale)), query, key, value, segment_ids)
   return out if segment_ids is None else jnp.where((segment_ids > 0)[:, :, None, None], out, 0)
-
-
-def cached_attention(
-  query: Float[Array, "B T N D"],
-  key: Float[Array, "B S M D"],
-  value: Float[Array, "B S M V"],
-  positions: Int[Array, "B T"],
-  *,
-  scale: float | None = None,
-) -> Float[Array, "B T N V"]:
-  """The same over a cache: query t sees slots 0 .. positions[t], which hold its own sequence.
-
-  Long prompts are read in chunks on every platform, and have no gradient then.
-  """
-  scale = query.shape[-1] ** -0.5 if scale is None else scale
-  length, slots = query.shape[1], key.shape[1]
-  if length >= 128 and length * slots >= LONG_CACHED:
-    return chunked.cached(query, key, value, positions, scale=scale)
-  return masked_attention(query, key, value, cache_mask(positions, slots), scale)
 
 
 class _Options(NamedTuple):

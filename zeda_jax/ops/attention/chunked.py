@@ -22,16 +22,17 @@ _NOWHERE = jnp.iinfo(jnp.int32).max
 class _Blocks(NamedTuple):
   """Which query may see which key: the key's index is at most the query's, and their segments are the same, not 0."""
 
-  query_index: Int[Array, "I B q"]
-  query_segments: Int[Array, "I B q"]
-  key_segments: Int[Array, "J B k"]
+  segments: Int[Array, "I B q"]
   first: Int[Array, " I"]  # of each block of queries: the first block of keys any of them sees,
   end: Int[Array, " I"]  # and the one after the last
 
+  def split(self, x: Float[Array, "B T *d"]) -> Float[Array, "I B q *d"]:
+    return _split(x, self.segments.shape[-1])
+
   def mask(self, i: Array, j: Array) -> Bool[Array, "B 1 1 q k"]:
-    size = self.key_segments.shape[-1]
-    keys, queries = self.key_segments[j][:, None], self.query_segments[i][:, :, None]
-    before = j * size + jnp.arange(size) <= self.query_index[i][:, :, None]
+    index = jnp.arange(self.segments.shape[-1])
+    keys, queries = self.segments[j][:, None], self.segments[i][:, :, None]
+    before = j * index.size + index <= (i * index.size + index)[:, None]
     return (before & (keys == queries) & (keys > 0))[:, None, None]
 
 
@@ -44,74 +45,9 @@ def forward(
   scale: float,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T"]]:
   """The output and the logarithm of each softmax's denominator; padding gives 0."""
-  return _forward(query, key, value, _packed(query, segment_ids), scale)
-
-
-def cached(
-  query: Float[Array, "B T N D"],
-  key: Float[Array, "B S M D"],
-  value: Float[Array, "B S M V"],
-  positions: Int[Array, "B T"],
-  *,
-  scale: float,
-) -> Float[Array, "B T N V"]:
-  """Queries that see the slots 0 .. positions[t] of a cache. Has no gradient."""
-  ones = jnp.ones(positions.shape, jnp.int32)
-  return _forward(query, key, value, _blocks(positions, ones, jnp.ones(key.shape[:2], jnp.int32)), scale)[0]
-
-
-def backward(
-  query: Float[Array, "B T N D"],
-  key: Float[Array, "B T M D"],
-  value: Float[Array, "B T M V"],
-  out: Float[Array, "B T N V"],
-  lse: Float[Array, "B N T"],
-  grad: Float[Array, "B T N V"],
-  segment_ids: Int[Array, "B T"] | None = None,
-  *,
-  scale: float,
-) -> tuple[Float[Array, "B T N D"], Float[Array, "B T M D"], Float[Array, "B T M V"]]:
-  """Gradients of query, key and value, for the gradient of `out`."""
-  blocks = _packed(query, segment_ids)
-  groups = key.shape[2]
-  delta = jnp.einsum("btnv,btnv->bnt", out, grad, preferred_element_type=jnp.float32)
-  split = lambda x: _split_rows(_grouped(x, groups), blocks.query_index)
-  by_head = lambda x: split(x.swapaxes(1, 2)[..., None]).transpose(0, 1, 3, 4, 2, 5)  # [I B m g q 1]
-  key_blocks, value_blocks = (_split_rows(x, blocks.key_segments) for x in (key, value))
-
-  def of_queries(carry, inputs):
-    i, query, grad, lse, delta = inputs
-
-    def of_keys(j, carry):
-      d_query, d_key, d_value = carry
-      key, value = key_blocks[j], value_blocks[j]
-      logits = scale * jnp.einsum("bqmgd,bkmd->bmgqk", query, key, preferred_element_type=jnp.float32)
-      weights = jnp.where(blocks.mask(i, j), jnp.exp(logits - lse), 0)
-      d_weights = jnp.einsum("bqmgv,bkmv->bmgqk", grad, value, preferred_element_type=jnp.float32)
-      d_logits = (scale * weights * (d_weights - delta)).astype(query.dtype)
-      dot = lambda spec, a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-      d_query += dot("bmgqk,bkmd->bqmgd", d_logits, key)
-      d_key = d_key.at[j].add(dot("bmgqk,bqmgd->bkmd", d_logits, query))
-      d_value = d_value.at[j].add(dot("bmgqk,bqmgv->bkmv", weights.astype(grad.dtype), grad))
-      return d_query, d_key, d_value
-
-    start = (zeros(query.shape, jnp.float32, like=query), *carry)
-    d_query, *carry = jax.lax.fori_loop(blocks.first[i], blocks.end[i], of_keys, start)
-    return tuple(carry), d_query.astype(query.dtype)
-
-  start = tuple(zeros(x.shape, jnp.float32, like=x) for x in (key_blocks, value_blocks))
-  index = jnp.arange(blocks.first.shape[0])
-  (d_key, d_value), d_query = jax.lax.scan(
-    of_queries, start, (index, split(query), split(grad), by_head(lse), by_head(delta))
-  )
-  whole = lambda d, x: _join_rows(d, x.shape[1]).reshape(x.shape).astype(x.dtype)
-  return whole(d_query, query), whole(d_key, key), whole(d_value, value)
-
-
-def _forward(query, key, value, blocks: _Blocks, scale: float):
+  blocks = _blocks(query, segment_ids)
   batch, length, heads, _ = query.shape
-  key_blocks, value_blocks = (_split_rows(x, blocks.key_segments) for x in (key, value))
-  query_blocks = _split_rows(_grouped(query, key.shape[2]), blocks.query_index)
+  key_blocks, value_blocks, query_blocks = map(blocks.split, (key, value, _grouped(query, key.shape[2])))
 
   def of_queries(_, inputs):
     i, query = inputs
@@ -146,30 +82,66 @@ def _forward(query, key, value, blocks: _Blocks, scale: float):
   return out, _join_rows(lse, length).reshape(batch, length, heads).swapaxes(1, 2)
 
 
-def _packed(query: Float[Array, "B T N D"], segment_ids: Int[Array, "B T"] | None) -> _Blocks:
+def backward(
+  query: Float[Array, "B T N D"],
+  key: Float[Array, "B T M D"],
+  value: Float[Array, "B T M V"],
+  out: Float[Array, "B T N V"],
+  lse: Float[Array, "B N T"],
+  grad: Float[Array, "B T N V"],
+  segment_ids: Int[Array, "B T"] | None = None,
+  *,
+  scale: float,
+) -> tuple[Float[Array, "B T N D"], Float[Array, "B T M D"], Float[Array, "B T M V"]]:
+  """Gradients of query, key and value, for the gradient of `out`."""
+  blocks = _blocks(query, segment_ids)
+  groups = key.shape[2]
+  delta = jnp.einsum("btnv,btnv->bnt", out, grad, preferred_element_type=jnp.float32)
+  split = lambda x: blocks.split(_grouped(x, groups))
+  by_head = lambda x: split(x.swapaxes(1, 2)[..., None]).transpose(0, 1, 3, 4, 2, 5)  # [I B m g q 1]
+  key_blocks, value_blocks = blocks.split(key), blocks.split(value)
+
+  def of_queries(carry, inputs):
+    i, query, grad, lse, delta = inputs
+
+    def of_keys(j, carry):
+      d_query, d_key, d_value = carry
+      key, value = key_blocks[j], value_blocks[j]
+      logits = scale * jnp.einsum("bqmgd,bkmd->bmgqk", query, key, preferred_element_type=jnp.float32)
+      weights = jnp.where(blocks.mask(i, j), jnp.exp(logits - lse), 0)
+      d_weights = jnp.einsum("bqmgv,bkmv->bmgqk", grad, value, preferred_element_type=jnp.float32)
+      d_logits = (scale * weights * (d_weights - delta)).astype(query.dtype)
+      dot = lambda spec, a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+      d_query += dot("bmgqk,bkmd->bqmgd", d_logits, key)
+      d_key = d_key.at[j].add(dot("bmgqk,bqmgd->bkmd", d_logits, query))
+      d_value = d_value.at[j].add(dot("bmgqk,bqmgv->bkmv", weights.astype(grad.dtype), grad))
+      return d_query, d_key, d_value
+
+    start = (zeros(query.shape, jnp.float32, like=query), *carry)
+    d_query, *carry = jax.lax.fori_loop(blocks.first[i], blocks.end[i], of_keys, start)
+    return tuple(carry), d_query.astype(query.dtype)
+
+  start = tuple(zeros(x.shape, jnp.float32, like=x) for x in (key_blocks, value_blocks))
+  index = jnp.arange(blocks.first.shape[0])
+  (d_key, d_value), d_query = jax.lax.scan(
+    of_queries, start, (index, split(query), split(grad), by_head(lse), by_head(delta))
+  )
+  whole = lambda d, x: _join_rows(d, x.shape[1]).reshape(x.shape).astype(x.dtype)
+  return whole(d_query, query), whole(d_key, key), whole(d_value, value)
+
+
+def _blocks(query: Float[Array, "B T N D"], segment_ids: Int[Array, "B T"] | None) -> _Blocks:
   shape = query.shape[:2]
   segments = jnp.ones(shape, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
-  return _blocks(jnp.broadcast_to(jnp.arange(shape[1]), shape), segments, segments)
-
-
-def _blocks(
-  query_index: Int[Array, "B T"], query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"]
-) -> _Blocks:
-  index, of_queries = (_split(x, _block_size(x.shape[1])) for x in (query_index, query_segments))
-  of_keys = _split(key_segments, _block_size(key_segments.shape[1]))
+  segments = _split(segments, min(BLOCK, math.ceil(shape[1] / 128) * 128))
   # A block of queries may see one of keys where their ranges of segments overlap: a superset, and exact if segments
   # lie one after the other.
-  low = lambda x: jnp.where(x > 0, x, _NOWHERE).min(axis=-1)
-  high = lambda x: x.max(axis=-1)
-  some = (low(of_keys) <= high(of_queries)[:, None]) & (high(of_keys) >= low(of_queries)[:, None])  # [I J B]
-  starts = jnp.arange(of_keys.shape[0])[:, None] * of_keys.shape[-1]
-  seen = (some & (starts <= index.max(axis=-1)[:, None])).any(axis=-1)
+  low = jnp.where(segments > 0, segments, _NOWHERE).min(axis=-1)
+  high = segments.max(axis=-1)
+  overlap = ((low <= high[:, None]) & (high >= low[:, None])).any(axis=-1)  # [I J]
+  seen = jnp.tril(overlap)
   last = seen.shape[1] - jnp.argmax(seen[:, ::-1], axis=1)
-  return _Blocks(index, of_queries, of_keys, jnp.argmax(seen, axis=1), jnp.where(seen.any(axis=1), last, 0))
-
-
-def _block_size(length: int) -> int:
-  return min(BLOCK, math.ceil(length / 128) * 128)
+  return _Blocks(segments, jnp.argmax(seen, axis=1), jnp.where(seen.any(axis=1), last, 0))
 
 
 def _split(x: Array, size: int) -> Array:
@@ -177,10 +149,6 @@ def _split(x: Array, size: int) -> Array:
   count = math.ceil(x.shape[1] / size)
   x = jnp.pad(x, ((0, 0), (0, count * size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
   return x.reshape(x.shape[0], count, size, *x.shape[2:]).swapaxes(0, 1)
-
-
-def _split_rows(x: Array, like: Int[Array, "J B k"]) -> Array:
-  return _split(x, like.shape[-1])
 
 
 def _join_rows(x: Array, length: int) -> Array:

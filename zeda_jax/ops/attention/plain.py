@@ -1,4 +1,4 @@
-"""Attention as three lines of XLA with a mask: for short rows and single queries. Makes [B, N, T, S] arrays."""
+"""Attention as three lines of XLA with a mask: for short rows. Makes [B, N, T, S] arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,6 @@ def packed_mask(segment_ids: Int[Array, "B T"] | None, length: int) -> Bool[Arra
     return causal
   same = segment_ids[:, :, None] == segment_ids[:, None, :]
   return causal & same & (segment_ids > 0)[:, None, :]
-
-
-def cache_mask(positions: Int[Array, "B T"], cache_length: int) -> Bool[Array, "B T S"]:
-  """True where query t may see cache slot s: slots 0 .. positions[t] hold its own sequence."""
-  return jnp.arange(cache_length) <= positions[:, :, None]
 
 
 def masked_attention(
