@@ -132,7 +132,8 @@ def test_a_full_cache_sets_the_latest_back_and_shares_prompts():
   device = FakeDevice(scheduler)
   scheduler.add(0, Request([1] * 9, 12, n=4), ())
   plan = scheduler.plan_prefill()
-  assert len(plan.prompts) == 1 and len(scheduler.running) == 4 and not plan.copies  # 8 tokens: two whole pages, no copy
+  assert len(plan.prompts) == 1 and len(scheduler.running) == 4
+  assert not plan.copies  # 8 tokens: two whole pages
   assert sum(pool.num_free for pool in scheduler.pools) == 12 - 2 - 4
   scheduler.preempt_all()
   while scheduler.waiting or scheduler.running:
