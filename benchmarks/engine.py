@@ -45,7 +45,21 @@ SMALL = ModelConfig(
   moe_layers=(True,) * 12,
   max_position_embeddings=1024,
 )
-# At half its width.
+# The ratios of OLMoE-1B-7B (N = 64, K = 8, F = H / 2, a head of the cache for each of the queries, all 16 layers) at a
+# sixteenth of its width, with a smaller vocabulary.
+FULL_HEADS = SMALL.replace(
+  model_type="olmoe",
+  num_heads=4,
+  num_kv_heads=4,
+  intermediate_size=64,
+  moe_intermediate_size=64,
+  num_experts=64,
+  norm_topk_prob=False,
+  qk_norm="projection",
+  moe_layers=(True,) * 16,
+)
+SHAPES = {"Qwen3-30B-A3B": SMALL, "OLMoE-1B-7B": FULL_HEADS}
+# At half the first one's width.
 EXPERTS_DOMINATE = SMALL.replace(
   hidden_size=1024,
   num_heads=8,
@@ -123,7 +137,12 @@ def engine_generate(model: Decoder, requests: Sequence[Request], **sizes: int) -
 
 
 def compare_generate(args: argparse.Namespace) -> list[str]:
-  model = random_model(SMALL)
+  return [line for shape in args.shapes for line in compare_shape(shape, args)]
+
+
+def compare_shape(shape: str, args: argparse.Namespace) -> list[str]:
+  config = SHAPES[shape]
+  model = random_model(config)
   requests = workload(args.requests)
   tokens = sum(r.max_new_tokens for r in requests)
   stock = load_torch(model)
@@ -142,8 +161,9 @@ def compare_generate(args: argparse.Namespace) -> list[str]:
         rows[name] = min(torch_generate(stock, requests, batch_size), rows.get(name, np.inf))
   theirs = min(s for name, s in rows.items() if name.startswith("transformers"))
   lines = [
-    f"{num_parameters(model) / 1e6:.1f} M parameters, N = {SMALL.num_experts}, K = {SMALL.num_experts_per_tok}, "
-    f"{args.requests} requests, {tokens} new tokens, greedy, float32\n",
+    f"\nThe ratios of {shape}, {num_parameters(model) / 1e6:.1f} M parameters in {config.num_layers} layers, "
+    f"N = {config.num_experts}, K = {config.num_experts_per_tok}; {args.requests} requests, {tokens} new tokens, "
+    "greedy, float32\n",
     "| | s | tokens/s | of the best of transformers |",
     "|---|---:|---:|---:|",
   ]
@@ -204,6 +224,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[str]]] = {
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--only", choices=PARTS, help="one of the two tables")
+  parser.add_argument("--shapes", choices=SHAPES, nargs="+", default=list(SHAPES), help="of the first table")
   parser.add_argument("--requests", type=int, default=64)
   parser.add_argument("--slots", type=int, nargs="+", default=[32, 64])
   parser.add_argument("--chunk-steps", type=int, default=16)

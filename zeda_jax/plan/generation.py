@@ -238,7 +238,7 @@ def engine_program(
   if name == "prefill":
     rows, _ = make_rows(_full_rows(load, scheduler), scheduler)
     return prefill, (*first, *_shapes(rows)), {"with_picks": False}
-  slots = make_slots([], scheduler, _STOP_IDS, load.pages_per_slot)
+  slots = make_slots([], [], load.slots, scheduler, _STOP_IDS, load.pages_per_slot)
   steps = jax.ShapeDtypeStruct((), jnp.int32)
   return decode, (*first, _shapes(slots), steps), {"size": load.chunk_steps, "with_picks": False}
 

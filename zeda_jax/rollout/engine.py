@@ -1,4 +1,4 @@
-"""The rollout engine: continuous batching over slots, a paged cache, prefill in buckets, decode in chunks of steps.
+"""The rollout engine: continuous batching over slots, a paged cache, packed prefill, decode in chunks of steps.
 
     engine = Engine(model, num_slots=32)
     for place, completion in engine.run([Request(prompt, max_new_tokens=256) for prompt in prompts]):
@@ -7,7 +7,7 @@
 or, as a server does it, from one thread:
 
     id = engine.add(request)            # at any time
-    for update in engine.step(): ...    # one prefill bucket or one chunk of decode steps
+    for update in engine.step(): ...    # one row of prompts on each device, or one chunk of decode steps
     engine.cancel(id)
 
 A prompt is read up to its last token; that one is the first input of decoding. So a prompt that several responses share
@@ -34,7 +34,7 @@ from zeda_jax.models.decoder import Decoder
 from zeda_jax.models.paged_cache import Pages, init_pages, page_bytes, pages_sharding
 from zeda_jax.models.params import Params, moved, resharded, split_model, unstacked
 from zeda_jax.rollout.decoding import Chunk, Reading, copy_pages, decode, prefill
-from zeda_jax.rollout.inputs import make_copies, make_rows, make_slots
+from zeda_jax.rollout.inputs import decode_rows, make_copies, make_rows, make_slots
 from zeda_jax.rollout.pages import pages_for
 from zeda_jax.rollout.requests import Completion, Request, Update, check_fits
 from zeda_jax.rollout.scheduler import Plan, Response, Scheduler
@@ -49,7 +49,8 @@ class Engine:
 
   Args:
     model: static or dynamic decoder; its parameters are used, not copied, but for those that a mesh wants elsewhere.
-    num_slots: responses decoded together; on a mesh, a multiple of its devices.
+    num_slots: responses decoded together; on a mesh, a multiple of its devices. While a quarter of them or less
+      run, as when the last of many responses are completed, a program with as many rows decodes them; and so on to 8.
     max_tokens: how many tokens the cache holds, of all responses together. None: 2048 a slot, or max_length if that
       is less. Requests wait, and running responses are set back, where it is full.
     max_length: tokens of one sequence, prompt and response; None means the model's context.
@@ -201,7 +202,7 @@ class Engine:
   # --- work ---------------------------------------------------------------------------------------------------------
 
   def step(self) -> list[Update]:
-    """Reads one bucket of prompts, or else decodes one chunk of steps; does nothing if there is nothing to do.
+    """Reads a row of prompts on each device, or else decodes one chunk of steps; does nothing where neither is to do.
 
     Raises:
       ZedaError: its memory was released.
@@ -220,7 +221,7 @@ class Engine:
     running = self._scheduler.plan_decode(self._scheduler.chunk_steps)
     if not running:
       return []
-    updates = self._take(running, self._decode(running))
+    updates = self._decode(running)
     self._statistics.decode_seconds += time.perf_counter() - start
     return updates
 
@@ -268,32 +269,33 @@ class Engine:
     self._statistics.zero_by_layer += np.asarray(reading.zero_by_layer)
     self._statistics.prompt_tokens += sum(len(prompt.tokens) for prompt in plan.prompts)
 
-  def _decode(self, running: Sequence[Response]) -> Chunk:
+  def _decode(self, running: Sequence[Response]) -> list[Update]:
     scheduler = self._scheduler
-    slots = make_slots(running, scheduler, self._num_stop_ids, self._width)
+    num_rows, rows = decode_rows(running, scheduler)
+    slots = make_slots(running, rows, num_rows, scheduler, self._num_stop_ids, self._width)
     options = {"size": scheduler.chunk_steps, "with_picks": any(r.request.record_picks for r in running)}
     with self._on_mesh():
       steps = np.int32(scheduler.chunk_steps)
       self._pages, chunk = decode(self._graphdef, self._params, self._pages, slots, steps, **options)
-    return to_host(chunk)
+    return self._take(running, rows, to_host(chunk))
 
   def _on_mesh(self) -> jax.sharding.set_mesh | contextlib.nullcontext:
     sharding = self.config.sharding
     return contextlib.nullcontext() if sharding is None else jax.set_mesh(sharding.mesh)
 
-  def _take(self, running: Sequence[Response], chunk: Chunk) -> list[Update]:
+  def _take(self, running: Sequence[Response], rows: Sequence[int], chunk: Chunk) -> list[Update]:
     """Adds what a chunk gave to its responses; those that have ended leave their slots."""
     updates = []
-    for response in running:
-      slot, count = response.slot, int(chunk.counts[response.slot])
-      tokens, logprobs = chunk.tokens[:count, slot].tolist(), chunk.logprobs[:count, slot].tolist()
+    for row, response in zip(rows, running, strict=True):
+      count = int(chunk.counts[row])
+      tokens, logprobs = chunk.tokens[:count, row].tolist(), chunk.logprobs[:count, row].tolist()
       response.tokens += tokens
       response.logprobs += logprobs
-      response.sampling_logprobs += chunk.sampling_logprobs[:count, slot].tolist()
-      response.zero_picks += int(chunk.zero_picks[:count, slot].sum())
+      response.sampling_logprobs += chunk.sampling_logprobs[:count, row].tolist()
+      response.zero_picks += int(chunk.zero_picks[:count, row].sum())
       if response.request.record_picks:
         assert chunk.picks is not None
-        response.picks.append(np.asarray(chunk.picks[:count, :, slot]))
+        response.picks.append(np.asarray(chunk.picks[:count, :, row]))
       has_ended = response.remaining == 0 or response.tokens[-1] in response.stop_ids
       completion = self._completion(response) if has_ended else None
       if has_ended:
@@ -301,7 +303,7 @@ class Engine:
       updates.append(Update(response.id, response.index, tokens, logprobs, completion))
     counts = int(np.sum(chunk.counts))
     self._statistics.new_tokens += counts
-    self._statistics.slot_steps += int(chunk.steps) * len(self._scheduler.slots)
+    self._statistics.slot_steps += int(chunk.steps) * len(chunk.counts)
     self._statistics.zero_by_layer += np.asarray(chunk.zero_by_layer)
     return updates
 

@@ -14,7 +14,7 @@ from zeda_jax.rollout.requests import Completion, Request
 from zeda_jax.rollout.sampling import Sampling
 
 _PAGE_SIZE = 64
-_ONE_BUCKET = 256  # prompts up to this length are all padded alike: another program costs more than the padding
+_ROW = 256  # shorter rows of prompts are padded to it: another program costs more than the padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def engine_for(model: Decoder, batch_size: int, longest: int, max_new_tokens: in
     max_length=max_length,
     max_tokens=cache_tokens or num_slots * max_length,
     page_size=_PAGE_SIZE,
-    smallest_bucket=min(longest, _ONE_BUCKET),
+    smallest_bucket=min(num_slots // devices * longest, _ROW),
   )
 
 

@@ -11,6 +11,8 @@ from zeda_jax.rollout.pages import pages_for
 from zeda_jax.rollout.sampling import RowSampling
 from zeda_jax.rollout.scheduler import Plan, Response, Scheduler
 
+_FEWEST_ROWS = 8  # of a device: fewer are hardly faster, and each number of rows is another program to compile
+
 Rows = tuple[Int[np.ndarray, "R T"], Int[np.ndarray, "R T"], Int[np.ndarray, "R*S W"], Float[np.ndarray, " R*S"]]
 
 
@@ -43,21 +45,34 @@ def make_copies(plan: Plan, scheduler: Scheduler) -> tuple[Int[np.ndarray, " C"]
   return source, target
 
 
-def make_slots(running: Sequence[Response], scheduler: Scheduler, num_stop_ids: int, width: int) -> Slots:
-  """The state of all slots; `width` pages to a row of the table."""
-  num_slots = len(scheduler.slots)
+def decode_rows(running: Sequence[Response], scheduler: Scheduler) -> tuple[int, list[int]]:
+  """How many rows to decode, and which one each response takes: all slots, or a quarter, a sixteenth, ... of them
+  where that is enough and leaves a device at least 8."""
+  slots = scheduler.slots_per_shard
+  by_shard = [[r for r in running if r.slot // slots == shard] for shard in range(scheduler.num_shards)]
+  height = slots
+  while height // 4 >= max(_FEWEST_ROWS, *map(len, by_shard)):
+    height //= 4
+  row_of = {id(r): shard * height + i for shard, mine in enumerate(by_shard) for i, r in enumerate(mine)}
+  return scheduler.num_shards * height, [row_of[id(r)] for r in running]
+
+
+def make_slots(
+  running: Sequence[Response], rows: Sequence[int], num_rows: int, scheduler: Scheduler, num_stop_ids: int, width: int
+) -> Slots:
+  """What is known of the responses, in these of `num_rows` rows; `width` pages to a row of the table."""
 
   def column(of: Callable[[Response], float], dtype: Any) -> Any:
-    out = np.zeros(num_slots, dtype)
-    for response in running:
-      out[response.slot] = of(response)
+    out = np.zeros(num_rows, dtype)
+    for row, response in zip(rows, running, strict=True):
+      out[row] = of(response)
     return out
 
-  table: Any = np.full((num_slots, width), scheduler.pools[0].num_pages, np.int32)
-  stop_ids: Any = np.full((num_slots, num_stop_ids), -1, np.int32)
-  for response in running:
-    table[response.slot, : len(response.pages)] = response.pages
-    stop_ids[response.slot, : len(response.stop_ids)] = response.stop_ids
+  table: Any = np.full((num_rows, width), scheduler.pools[0].num_pages, np.int32)
+  stop_ids: Any = np.full((num_rows, num_stop_ids), -1, np.int32)
+  for row, response in zip(rows, running, strict=True):
+    table[row, : len(response.pages)] = response.pages
+    stop_ids[row, : len(response.stop_ids)] = response.stop_ids
   of_request = lambda name, dtype: column(lambda r: getattr(r.request, name), dtype)
   return Slots(
     tokens=column(lambda r: r.tokens[-1] if r.tokens else r.request.prompt[-1], np.int32),

@@ -16,7 +16,7 @@ class Statistics:
     pages_used: of num_pages.
     prompt_tokens: tokens read in prefills, those of responses that were set back included.
     new_tokens: tokens sampled.
-    slot_steps: decode steps times slots, used or not.
+    slot_steps: decode steps times the rows that were decoded, used or not.
     preemptions: how often a response was set back for want of pages.
     prefill_seconds, decode_seconds: wall-clock time, compilation included.
     zero_by_layer: picks of zero experts in each MoE layer.
@@ -42,7 +42,7 @@ class Statistics:
 
   @property
   def occupancy(self) -> float:
-    """Share of the slots in use, over all decode steps."""
+    """Share of the decoded rows in use, over all decode steps."""
     return self.new_tokens / max(self.slot_steps, 1)
 
   @property
