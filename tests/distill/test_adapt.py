@@ -334,7 +334,10 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", [pytest.param(v, marks=pytest.mark.slow) if "fewer" in v else v for v in VARIANTS])
+SLOW = ("router+norms", "fewer picks, no zero experts")
+
+
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=pytest.mark.slow) if v in SLOW else v for v in VARIANTS])
 def test_variants(files, whole, tmp_path, variant):
   changes, expected = VARIANTS[variant]
   workdir = recipe.adapt(settings(files, tmp_path / "w", changes), until="export")
