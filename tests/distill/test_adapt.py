@@ -316,7 +316,13 @@ def trained_tensors(files, workdir):
 ROUTER = {"model.layers.0.mlp.gate.weight"}
 VARIANTS = {
   "the paper's losses": (
-    {"sft.loss": "cross_entropy", "sft.accumulate": 2, "opd.loss": "sampled", "opd.trainable": "router"},
+    {
+      "sft.loss": "cross_entropy",
+      "sft.teacher_metrics": False,
+      "sft.accumulate": 2,
+      "opd.loss": "sampled",
+      "opd.trainable": "router",
+    },
     lambda names: names > ROUTER and len(names) > 20,
   ),
   "router": (
