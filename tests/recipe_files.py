@@ -11,6 +11,7 @@ import email
 import inspect
 import json
 import logging
+import os
 import pathlib
 import statistics
 import subprocess
@@ -139,10 +140,11 @@ def settings(files: pathlib.Path, workdir: pathlib.Path, changes: dict[str, Any]
   return config
 
 
-def zeda(*args: Any, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-  """`zeda` in a process of its own."""
+def zeda(*args: Any, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess[str]:
+  """`zeda` in a process of its own, with further variables in its environment."""
   command = [sys.executable, "-m", "zeda_jax.cli.main", *map(str, args)]
-  return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout)
+  variables = os.environ | environment
+  return subprocess.run(command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=timeout)
 
 
 def tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:

@@ -79,7 +79,9 @@ def test_defaults_are_the_engines():
 
 
 def test_buckets_and_pages():
-  assert [Load(1, n, 1).bucket for n in (1, 17, 18, 1024, 1025, 1026)] == [16, 16, 32, 1024, 1024, 2048]
+  assert [Load(1, n, 1).bucket(1) for n in (1, 17, 18, 1024, 1025, 1026)] == [16, 16, 32, 1024, 1024, 2048]
+  packed = Load(64, 401, 1)  # 2048 tokens at once: 5 prompts, or 1 on each of 4 devices
+  assert [packed.prompts_at_once(n) for n in (1, 4)] == [5, 1] and [packed.bucket(n) for n in (1, 4)] == [2048, 512]
   load = Load(130, 1000, 100).padded(8)
   assert (load.slots, load.pages_per_slot, load.pages(8)) == (136, 18, 136 * 18)
   assert Load(8, 1000, 100, cache_tokens=1000).pages(8) == 16  # as many on each device

@@ -1,20 +1,18 @@
-"""Rollouts from a server as `zeda rollout` runs them: stopped, killed, in several processes, with a real model."""
+"""Rollouts from a server as `zeda rollout` runs them: stopped, killed, in several processes, from `zeda serve`."""
 
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 
-import zeda_jax
 from tests.multiprocess import start
 from tests.recipe_files import REPOSITORY, arguments, everything, settings, write_teacher, zeda
 from tests.rollout.openai_stub import Stub, serving
 from tests.rollout.test_openai import contents, records_of
-from zeda_jax.checkpoint.huggingface import load_hf
+from tests.serve.server_process import Server
 from zeda_jax.data import chat
 from zeda_jax.data.jsonl import write_jsonl
 from zeda_jax.demo import TEACHER, mixed_tasks
@@ -64,24 +62,9 @@ def test_the_recipe_stops_on_a_signal_and_goes_on(files, teacher_stub, tmp_path,
   )
 
 
-class Generating(Stub):
-  """A stub that really samples, from a model."""
-
-  def __init__(self, tokenizer, model):
-    super().__init__(tokenizer)
-    self.model, self.turn = model, threading.Lock()
-
-  def complete(self, body):
-    with self.turn:
-      return super().complete(body)
-
-  def sample(self, prompt, seed, max_tokens):
-    return zeda_jax.generate(self.model, [prompt], 16, temperature=0.0)[0].tokens[:max_tokens]
-
-
 @pytest.mark.slow
-def test_the_embedded_teacher_behind_a_server_answers_as_it_does_here(tmp_path):
-  """`zeda rollout` on the demo's teacher, greedily: the same records from the server as from the engine."""
+def test_the_embedded_teacher_behind_zeda_serve_answers_as_it_does_here(tmp_path):
+  """`zeda rollout` on the demo's teacher, greedily: the same records from `zeda serve` as from the engine."""
   write_jsonl(
     tmp_path / "prompts.jsonl", ({"prompt": t["prompt"], "label": t["label"]} for t in mixed_tasks("train", 16))
   )
@@ -90,14 +73,18 @@ def test_the_embedded_teacher_behind_a_server_answers_as_it_does_here(tmp_path):
   command = ["rollout", f"--config={REPOSITORY / 'configs' / 'tiny.py'}", *flags]
   here = zeda(*command, f"--config.workdir={tmp_path / 'here'}")
   assert (here.returncode, here.stderr) == (0, "")
-  with serving(Generating(chat.load_tokenizer(TEACHER), load_hf(TEACHER))) as url:
-    there = [f"--config.workdir={tmp_path / 'there'}", "--config.rollout.engine=openai", f"--config.rollout.url={url}"]
-    done = zeda(*command, *there)
+  with Server(TEACHER, "--model-name=teacher", "--warmup-length=0", "--api-key=sesame") as server:
+    there = [f"--config.workdir={tmp_path / 'there'}", "--config.rollout.engine=openai"]
+    there += [f"--config.rollout.url={server.url}", "--config.rollout.key_variable=SERVE_KEY"]
+    done = zeda(*command, *there, SERVE_KEY="sesame")
   assert (done.returncode, done.stderr) == (0, "")
-  assert "rollout   " in done.stdout and "token ids come from the server" in done.stdout
+  assert "model teacher (zeda-jax); token ids come from the server; log-probs kept" in done.stdout
+  assert "left out" not in done.stdout
   ours, theirs = (records_of(tmp_path / name / "rollouts") for name in ("here", "there"))
   assert len(ours) == 40 and any(r["finished"] for r in ours)
-  assert [r | {"logprobs": None} for r in theirs] == [r | {"logprobs": None} for r in ours]
+  for mine, other in zip(ours, theirs, strict=True):
+    assert other["logprobs"] == pytest.approx(mine["logprobs"], abs=1e-4)
+    assert other | {"logprobs": None} == mine | {"logprobs": None}
 
 
 @pytest.mark.slow

@@ -56,18 +56,21 @@ class FakeDevice:
     plan = scheduler.plan_prefill()
     check_pages(scheduler)
     for shard in range(scheduler.num_shards):
-      rows = [row for row in plan.rows if row.shard == shard]
-      assert len(rows) <= scheduler.rows_per_shard(plan.bucket or 4)
+      read = [prompt for prompt in plan.prompts if prompt.shard == shard]
+      assert len(read) <= scheduler.slots_per_shard
+      assert sum(len(prompt.tokens) for prompt in read) <= plan.bucket
       assert sum(copy[0] == shard for copy in plan.copies) <= scheduler.slots_per_shard
-    written = [(row.shard, page) for row in plan.rows for page in row.pages]
+    written = [(prompt.shard, page) for prompt in plan.prompts for page in prompt.pages]
     assert len(set(written)) == len(written)
-    for row in plan.rows:
-      assert len(row.tokens) <= plan.bucket == next(b for b in BUCKETS if b >= len(row.tokens))
-      for place, token in enumerate(row.tokens):
-        self.cache[row.shard, row.pages[place // size], place % size] = token
+    longest = max((len(prompt.tokens) for prompt in plan.prompts), default=0)
+    limit = max(scheduler.row_tokens, longest)
+    assert plan.bucket in (0, *BUCKETS) and plan.bucket <= next(b for b in BUCKETS if b >= limit)
+    for prompt in plan.prompts:
+      for place, token in enumerate(prompt.tokens):
+        self.cache[prompt.shard, prompt.pages[place // size], place % size] = token
     for shard, source, target in plan.copies:
       self.cache[shard, target] = self.cache[shard, source]
-    if plan.rows:
+    if plan.prompts:
       return
     running = scheduler.plan_decode(scheduler.chunk_steps)
     check_pages(scheduler)
@@ -129,7 +132,8 @@ def test_a_full_cache_sets_the_latest_back_and_shares_prompts():
   device = FakeDevice(scheduler)
   scheduler.add(0, Request([1] * 9, 12, n=4), ())
   plan = scheduler.plan_prefill()
-  assert len(plan.rows) == 1 and len(scheduler.running) == 4 and not plan.copies  # 8 tokens: two whole pages, no copy
+  assert len(plan.prompts) == 1 and len(scheduler.running) == 4
+  assert not plan.copies  # 8 tokens: two whole pages
   assert sum(pool.num_free for pool in scheduler.pools) == 12 - 2 - 4
   scheduler.preempt_all()
   while scheduler.waiting or scheduler.running:
@@ -139,12 +143,17 @@ def test_a_full_cache_sets_the_latest_back_and_shares_prompts():
   assert device.done[0].index == 0
 
 
-def test_other_lengths_wait_for_a_bucket_of_their_own_and_order_is_kept():
-  scheduler = Scheduler(3, 30, 4, BUCKETS, 64, 4)
-  for id, length in enumerate((9, 3, 7, 8, 20)):
+def test_prompts_are_packed_in_order_and_what_finds_no_room_comes_first_in_the_next_row():
+  scheduler = Scheduler(4, 40, 4, BUCKETS, 16, 4)
+  for id, length in enumerate((9, 10, 7, 3, 30, 2)):
     scheduler.add(id, Request([1] * length, 4), ())
+  lengths = lambda plan: [len(prompt.tokens) for prompt in plan.prompts]
   plan = scheduler.plan_prefill()
-  assert plan.bucket == 8 and [len(row.tokens) for row in plan.rows] == [8, 6, 7]
-  assert [r.id for r in scheduler.waiting] == [1, 4]
+  assert plan.bucket == 16 and lengths(plan) == [8, 6, 2]  # 9 tokens more have no room beside the first 8
+  assert [r.id for r in scheduler.waiting] == [1, 4, 5]
+  plan = scheduler.plan_prefill()
+  assert plan.bucket == 16 and lengths(plan) == [9]  # and then there is no slot
+  scheduler.finish(scheduler.slots[0])
   scheduler.finish(scheduler.slots[1])
-  assert [row.tokens for row in scheduler.plan_prefill().rows] == [[1, 1]]
+  plan = scheduler.plan_prefill()
+  assert plan.bucket == 32 and lengths(plan) == [29, 1]  # a long one; its padding has room for others

@@ -40,7 +40,7 @@ def decode(tokens):
 def prompt(count=LENGTH, infos=False, top=0, request=True, tokens=(1, 2, 3), **options):
   options = {"temperature": 1.0, "seed": 3, "stop_ids": ()} | options
   sampled = Request(list(tokens), count, **options) if request else None
-  return Prompt(list(tokens), sampled, 0.0, (), infos or top > 0, False, top)
+  return Prompt(list(tokens), sampled, 0.0, (), (), infos or top > 0, False, top)
 
 
 def job(*prompts, streamed=False, decode=decode):

@@ -34,13 +34,14 @@ class PagedCache:
   Attributes:
     pages: (keys, values), or (latents,) of multi-head latent attention, which has one head; G tokens to a page. D may
       be wider than what is written, which is then followed by zeros.
-    table: token t of row b lies in page table[b, t // G], place t % G.
-    fresh: the rows begin with this pass, so that their tokens see each other and nothing that was there before.
+    table: token t of sequence i lies in page table[i, t // G], place t % G. A row of the pass has S sequences, which
+      are segments 1 .. S of it: segment s of row b is sequence b S + s - 1.
+    fresh: the sequences begin with this pass, so that their tokens see each other and nothing that was there before.
     sharding: of the model.
   """
 
   pages: Pages
-  table: Int[Array, "B W"]
+  table: Int[Array, "B*S W"]
   fresh: bool = struct.field(pytree_node=False, default=False)
   sharding: Sharding | None = struct.field(pytree_node=False, default=None)
 
@@ -52,9 +53,9 @@ class PagedCache:
     *new: Float[Array, "B T M D"],
   ) -> "PagedCache":
     """Puts one layer's new tokens at their positions; padding (segment 0) and what has no page goes nowhere."""
-    live = jnp.ones(positions.shape, bool) if segment_ids is None else segment_ids > 0
+    segments = jnp.ones(positions.shape, jnp.int32) if segment_ids is None else segment_ids
     run = self._on_rows(_write, (1,) * len(self.pages) + (None, 0, 0, 0) + (0,) * len(new), len(self.pages))
-    pages = run(*self.pages, layer, self.table, positions, live, *new)
+    pages = run(*self.pages, layer, self.table, positions, segments, *new)
     return self.replace(pages=pages)  # type: ignore[attr-defined]
 
   def attend(
@@ -142,11 +143,13 @@ def _padded(x: Array, pages: Array) -> Array:
 
 def _write(*arguments: Array) -> Pages:
   count = (len(arguments) - 4) // 2
-  pages, (layer, table, positions, live), new = arguments[:count], arguments[count:-count], arguments[-count:]
+  pages, (layer, table, positions, segments), new = arguments[:count], arguments[count:-count], arguments[-count:]
   num_pages, page_size = pages[0].shape[1], pages[0].shape[-2]
+  rows = positions.shape[0]
+  sequence = jnp.arange(rows)[:, None] * (table.shape[0] // rows) + jnp.maximum(segments, 1) - 1
   place = positions // page_size
-  page = jnp.take_along_axis(table, jnp.minimum(place, table.shape[1] - 1), axis=1)
-  page = jnp.where(live & (place < table.shape[1]), page, num_pages)
+  page = table[sequence, jnp.minimum(place, table.shape[1] - 1)]
+  page = jnp.where((segments > 0) & (place < table.shape[1]), page, num_pages)
   at = positions % page_size
 
   def put(p: Array, x: Array) -> Array:

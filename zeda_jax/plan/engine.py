@@ -21,7 +21,6 @@ from zeda_jax.plan.generation import (
   cache_bytes,
   check_load,
   engine_model,
-  rows_at_once,
   stage_load,
 )
 from zeda_jax.plan.plan import RATIOS, changed, deciding_settings, job_of, needed_bytes
@@ -99,8 +98,8 @@ def make_engine_plan(
     slots=load.slots,
     prompt=load.prompt,
     new=load.new,
-    bucket=load.bucket,
-    rows=rows_at_once(load, devices),
+    bucket=load.bucket(devices),
+    prompts=load.prompts_at_once(devices) * devices,
     memory=memory,
     needed=max(needed, sum(memory.values())),
     available=topology.memory,
@@ -127,7 +126,7 @@ def fewer_slots(
 
 def _tokens(program: str, load: Load, devices: int) -> int:
   """Of one run, on all devices."""
-  return rows_at_once(load, devices) * load.bucket if program == "prefill" else load.slots
+  return load.bucket(devices) * devices if program == "prefill" else load.slots
 
 
 def _mean_length(load: Load) -> int:
@@ -138,7 +137,9 @@ def _mean_length(load: Load) -> int:
 def _flops(program: str, config: ModelConfig, load: Load, devices: int, ratio: float) -> dict[str, float]:
   """Of one device in one run, by kind."""
   if program == "prefill":
-    one, count = work.forward(config, load.bucket, ratio)._replace(head=0.0), rows_at_once(load, devices)
+    count = load.prompts_at_once(devices)  # the row's padding is counted with them
+    one = work.forward(config, load.bucket(devices) // count, ratio)._replace(head=0.0)
+    count *= devices
   else:
     one, count = work.decoded(config, _mean_length(load), 1, ratio), load.slots
   return {kind: value * count / devices for kind, value in one._asdict().items()}

@@ -25,7 +25,7 @@ from zeda_jax.rollout.decoding import decode, prefill
 from zeda_jax.rollout.inputs import make_rows, make_slots
 from zeda_jax.rollout.pages import pages_for
 from zeda_jax.rollout.requests import Request
-from zeda_jax.rollout.scheduler import Plan, PrefillRow, Scheduler
+from zeda_jax.rollout.scheduler import Plan, PromptToRead, Scheduler
 from zeda_jax.sharding import Sharding
 
 PROGRAMS = ("prefill", "decode")
@@ -56,10 +56,14 @@ class Load:
   def length(self) -> int:
     return self.prompt + self.new
 
-  @property
-  def bucket(self) -> int:
-    """To which the longest prompt is padded. Its last token is the first input of decoding."""
-    return max(_SMALLEST_BUCKET, 1 << (max(self.prompt - 1, 1) - 1).bit_length())
+  def prompts_at_once(self, devices: int) -> int:
+    """Of the longest prompts, how many a device reads together. The last token of each is the first input of
+    decoding."""
+    return min(self.slots // devices, max(1, self.prefill_tokens // devices // max(self.prompt - 1, 1)))
+
+  def bucket(self, devices: int) -> int:
+    """Tokens of the row that they are packed into."""
+    return max(_SMALLEST_BUCKET, 1 << (self.prompts_at_once(devices) * max(self.prompt - 1, 1) - 1).bit_length())
 
   @property
   def pages_per_slot(self) -> int:
@@ -76,7 +80,7 @@ class Load:
 
   def scheduler(self, devices: int) -> Scheduler:
     """The engine's."""
-    sizes = (self.page_size, [self.bucket], self.prefill_tokens, self.chunk_steps)
+    sizes = (self.page_size, [self.bucket(devices)], self.prefill_tokens, self.chunk_steps)
     return Scheduler(self.slots, self.pages(devices), *sizes, devices)
 
 
@@ -106,7 +110,8 @@ class EnginePlan:
     source: "compiled" or "estimate".
     note: why it is an estimate though the compiler was asked; "" otherwise.
     slots: on all devices; `asked` before they were filled up to as many on every device.
-    rows: prompts read at once, on all devices.
+    bucket: tokens of a row of prompts.
+    prompts: read at once, on all devices.
     token_bytes: of the cache, for one token.
   """
 
@@ -125,7 +130,7 @@ class EnginePlan:
   prompt: int
   new: int
   bucket: int
-  rows: int
+  prompts: int
   memory: dict[str, float]  # bytes by kind
   needed: float
   available: float
@@ -231,26 +236,22 @@ def engine_program(
   pages = tuple(jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=where) for p in pages)
   first = (graphdef, placed(params, sharding), pages)
   if name == "prefill":
-    rows, _ = make_rows(_full_bucket(load, scheduler), scheduler)
+    rows, _ = make_rows(_full_rows(load, scheduler), scheduler)
     return prefill, (*first, *_shapes(rows)), {"with_picks": False}
   slots = make_slots([], scheduler, _STOP_IDS, load.pages_per_slot)
   steps = jax.ShapeDtypeStruct((), jnp.int32)
   return decode, (*first, _shapes(slots), steps), {"size": load.chunk_steps, "with_picks": False}
 
 
-def rows_at_once(load: Load, devices: int) -> int:
-  """Prompts of the longest bucket that are read together, on all devices."""
-  return devices * load.scheduler(devices).rows_per_shard(load.bucket)
-
-
-def _full_bucket(load: Load, scheduler: Scheduler) -> Plan:
+def _full_rows(load: Load, scheduler: Scheduler) -> Plan:
   """As many of the longest prompts as are read at once, on each device."""
   length = load.prompt - 1
   request = Request([0] * load.prompt, load.new)
   pages = [0] * pages_for(length, load.page_size)
-  row = lambda shard: PrefillRow(shard, [0] * length, pages, request, None)
-  height = scheduler.rows_per_shard(load.bucket)
-  return Plan(load.bucket, [row(shard) for shard in range(scheduler.num_shards) for _ in range(height)])
+  shards = scheduler.num_shards
+  count = load.prompts_at_once(shards)
+  prompts = [PromptToRead(shard, [0] * length, pages, request, None) for shard in range(shards) for _ in range(count)]
+  return Plan(load.bucket(shards), prompts)
 
 
 def _shapes(tree: Any) -> Any:

@@ -108,7 +108,7 @@ def show_engine(plan: EnginePlan, console: rich.console.Console) -> None:
   full = f"{room['slots']} slots of {plan.prompt + plan.new}"
   say(f"  room in all for {room['tokens']} cached tokens, which is {full}, or more of shorter sequences")
   ratios = list(plan.programs["decode"].times)
-  read = f"prefill: {plan.rows} prompts of {plan.bucket}"
+  read = f"prefill: {plan.prompts} prompts in rows of {plan.bucket}"
   for name, title in (("prefill", read), ("decode", f"decode: one token for {plan.slots} slots, at half length")):
     program = plan.programs[name]
     table = _table(f"{title}, seconds", *(f"r_ZE {r}" for r in ratios))

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from zeda_jax.models import paged_cache
+from zeda_jax.models.decoder import segment_positions
 from zeda_jax.models.paged_cache import PagedCache, Pages, pages_sharding
 from zeda_jax.models.params import Params, merge_model
 from zeda_jax.rollout.sampling import RowSampling, sample_rows
@@ -50,7 +51,7 @@ class Chunk:
 class Reading:
   """What reading some prompts gave."""
 
-  zero_picks: Int[Array, " R"]
+  zero_picks: Int[Array, " R*S"]  # by prompt
   zero_by_layer: Int[Array, " L"]
   picks: Int[Array, "L R T K"] | None
 
@@ -61,24 +62,27 @@ def prefill(
   params: Params,
   pages: Pages,
   tokens: Int[Array, "R T"],
-  lengths: Int[Array, " R"],
-  table: Int[Array, "R W"],
-  zero_expert_bias: Float[Array, " R"],
+  segment_ids: Int[Array, "R T"],
+  table: Int[Array, "R*S W"],
+  zero_expert_bias: Float[Array, " R*S"],
   *,
   with_picks: bool,
 ) -> tuple[Pages, Reading]:
-  """Writes right-padded prompts to their pages; rows of length 0 cost no expert work and write nothing."""
+  """Writes prompts to their pages. Rows have up to S of them, one after the other: segments 1, 2, ..., then padding,
+  which costs no expert work and writes nothing."""
   model = merge_model(graphdef, params)
-  config = model.config
-  index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-  live = index < lengths[:, None]
-  bias = jnp.repeat(zero_expert_bias, tokens.shape[1])[:, None]
+  config, rows = model.config, tokens.shape[0]
+  prompt = jnp.maximum(segment_ids, 1) - 1
+  bias = jnp.take_along_axis(zero_expert_bias.reshape(rows, -1), prompt, axis=1).reshape(-1, 1)
   cache = PagedCache(pages, table, fresh=True, sharding=config.sharding)
-  out = model.hidden(tokens, live.astype(jnp.int32), index, bias, cache=cache)
+  positions = segment_positions(segment_ids, tokens.shape)
+  out = model.hidden(tokens, segment_ids, positions, bias, cache=cache)
   assert isinstance(out.cache, PagedCache)
-  zero = ((out.picks >= config.num_experts) & live[:, :, None]).sum(axis=(2, 3))  # [L, R]
+  zero = ((out.picks >= config.num_experts) & (segment_ids > 0)[:, :, None]).sum(axis=-1)  # [L, R, T]
+  mine = prompt[:, :, None] == jnp.arange(table.shape[0] // rows)  # [R, T, S]
+  of_prompts = jnp.where(mine, zero.sum(axis=0)[:, :, None], 0).sum(axis=1).reshape(-1)
   picks = out.picks.astype(jnp.int16) if with_picks else None
-  return _placed(out.cache.pages, Reading(zero.sum(axis=0), zero.sum(axis=1), picks), config.sharding)
+  return _placed(out.cache.pages, Reading(of_prompts, zero.sum(axis=(1, 2)), picks), config.sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "size", "with_picks"), donate_argnames="pages")

@@ -56,9 +56,10 @@ class Engine:
     page_size: tokens to a page of the cache.
     chunk_steps: decode steps between two looks at the results: more cost less time on the host, and make a finished
       response's slot wait longer for the next one.
-    prefill_tokens: about how many tokens are read at once, padding included; a longer prompt is read alone.
-    smallest_bucket: prompts are padded to at least so many tokens, rounded up to a power of two; each further power up
-      to the longest prompt compiles a program of its own.
+    prefill_tokens: about how many tokens are read at once, of prompts that are packed into one row for each device; a
+      longer prompt is read alone.
+    smallest_bucket: rows are padded to at least so many tokens, rounded up to a power of two; each further power up to
+      the longest compiles a program of its own.
     unstack_layers: keep another copy of the parameters, by layer (see `unstacked`): decoding is faster for it, and
       compiling takes longer with many layers. None: on a CPU.
 
@@ -97,7 +98,7 @@ class Engine:
       )
     num_pages = pages_for(pages_for(max_tokens, page_size), shards) * shards
     buckets = [max(_SMALLEST_BUCKET, 1 << (smallest_bucket - 1).bit_length())]
-    while buckets[-1] < self.max_length:
+    while buckets[-1] < max(self.max_length, prefill_tokens // shards):
       buckets.append(2 * buckets[-1])
     self._scheduler = Scheduler(num_slots, num_pages, page_size, buckets, prefill_tokens, chunk_steps, shards)
     if unstack_layers is None:
@@ -209,11 +210,11 @@ class Engine:
       raise ZedaError("The engine's memory was released: call update with the parameters to go on with.")
     plan = self._scheduler.plan_prefill()
     start = time.perf_counter()
-    if plan.rows:
+    if plan.prompts:
       self._read(plan)
     if plan.copies:
       self._pages = copy_pages(self._pages, *make_copies(plan, self._scheduler), sharding=self.config.sharding)
-    if plan.rows:
+    if plan.prompts:
       self._statistics.prefill_seconds += time.perf_counter() - start
       return []
     running = self._scheduler.plan_decode(self._scheduler.chunk_steps)
@@ -253,18 +254,19 @@ class Engine:
 
   def _read(self, plan: Plan) -> None:
     rows, places = make_rows(plan, self._scheduler)
-    with_picks = any(row.reading is not None and row.request.record_picks for row in plan.rows)
+    with_picks = any(prompt.reading is not None and prompt.request.record_picks for prompt in plan.prompts)
     with self._on_mesh():
       self._pages, device_reading = prefill(self._graphdef, self._params, self._pages, *rows, with_picks=with_picks)
     reading: Reading = to_host(device_reading)
-    for i, row in places.items():
-      if row.reading is not None:
-        row.reading.zero_picks = int(reading.zero_picks[i])
-        if row.request.record_picks:
+    for prompt, (start, place) in zip(plan.prompts, places, strict=True):
+      if prompt.reading is not None:
+        prompt.reading.zero_picks = int(reading.zero_picks[place])
+        if prompt.request.record_picks:
           assert reading.picks is not None
-          row.reading.picks = np.asarray(reading.picks[:, i, : len(row.tokens)]).swapaxes(0, 1)
+          mine = reading.picks[:, prompt.shard, start : start + len(prompt.tokens)]
+          prompt.reading.picks = np.asarray(mine).swapaxes(0, 1)
     self._statistics.zero_by_layer += np.asarray(reading.zero_by_layer)
-    self._statistics.prompt_tokens += sum(len(row.tokens) for row in plan.rows)
+    self._statistics.prompt_tokens += sum(len(prompt.tokens) for prompt in plan.prompts)
 
   def _decode(self, running: Sequence[Response]) -> Chunk:
     scheduler = self._scheduler

@@ -9,29 +9,27 @@ from jaxtyping import Float, Int
 from zeda_jax.rollout.decoding import Slots
 from zeda_jax.rollout.pages import pages_for
 from zeda_jax.rollout.sampling import RowSampling
-from zeda_jax.rollout.scheduler import Plan, PrefillRow, Response, Scheduler
+from zeda_jax.rollout.scheduler import Plan, Response, Scheduler
 
-Rows = tuple[Int[np.ndarray, "R T"], Int[np.ndarray, " R"], Int[np.ndarray, "R W"], Float[np.ndarray, " R"]]
+Rows = tuple[Int[np.ndarray, "R T"], Int[np.ndarray, "R T"], Int[np.ndarray, "R*S W"], Float[np.ndarray, " R*S"]]
 
 
-def make_rows(plan: Plan, scheduler: Scheduler) -> tuple[Rows, dict[int, PrefillRow]]:
-  """(tokens, lengths, page table, zero-expert bias) of the prompts to read, and which one lies in which row.
-
-  A device gets one row or the most there can be, so that there are two programs for a bucket.
-  """
-  shards, bucket, no_page = scheduler.num_shards, plan.bucket, scheduler.pools[0].num_pages
-  by_shard = [[row for row in plan.rows if row.shard == shard] for shard in range(shards)]
-  height = 1 if max(map(len, by_shard)) <= 1 else scheduler.rows_per_shard(bucket)
-  tokens = np.zeros((shards * height, bucket), np.int32)
-  lengths, bias = np.zeros(shards * height, np.int32), np.zeros(shards * height, np.float32)
-  table = np.full((shards * height, pages_for(bucket, scheduler.page_size)), no_page, np.int32)
-  places = {}
-  for shard, rows in enumerate(by_shard):
-    for i, row in enumerate(rows, start=shard * height):
-      places[i] = row
-      tokens[i, : len(row.tokens)], lengths[i] = row.tokens, len(row.tokens)
-      table[i, : len(row.pages)], bias[i] = row.pages, row.request.zero_expert_bias
-  return (tokens, lengths, table, bias), places
+def make_rows(plan: Plan, scheduler: Scheduler) -> tuple[Rows, list[tuple[int, int]]]:
+  """(tokens, segment ids, page table, zero-expert bias) of the prompts to read, one row for each device; and of each
+  prompt, where in its row it begins and its place in the table."""
+  shards, most, no_page = scheduler.num_shards, scheduler.slots_per_shard, scheduler.pools[0].num_pages
+  tokens, segments = np.zeros((2, shards, plan.bucket), np.int32)
+  table = np.full((shards * most, pages_for(plan.bucket, scheduler.page_size)), no_page, np.int32)
+  bias = np.zeros(shards * most, np.float32)
+  counts, ends, found = [0] * shards, [0] * shards, []
+  for prompt in plan.prompts:
+    shard = prompt.shard
+    start, place = ends[shard], shard * most + counts[shard]
+    ends[shard], counts[shard] = start + len(prompt.tokens), counts[shard] + 1
+    tokens[shard, start : ends[shard]], segments[shard, start : ends[shard]] = prompt.tokens, counts[shard]
+    table[place, : len(prompt.pages)], bias[place] = prompt.pages, prompt.request.zero_expert_bias
+    found.append((start, place))
+  return (tokens, segments, table, bias), found
 
 
 def make_copies(plan: Plan, scheduler: Scheduler) -> tuple[Int[np.ndarray, " C"], Int[np.ndarray, " C"]]:

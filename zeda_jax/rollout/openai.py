@@ -185,7 +185,7 @@ class _Work:
       raise ZedaError(
         f"{self._client.url}: the token ids of {self._dropped} answers could not be verified, more than "
         f"config.rollout.max_dropped={share:g} of {total}; the last one, {self._reason}. Use a server that gives token "
-        "ids, such as vLLM and SGLang, or allow more."
+        "ids, such as vLLM, SGLang and zeda serve, or allow more."
       )
 
   def _write(self, shard: int) -> None:

@@ -69,8 +69,8 @@ class Verifier:
     elif len(tokens) < max_new_tokens and not set(tokens) & set(self.eos_ids):
       raise ZedaError(
         f"the server ended an answer after {len(tokens)} tokens, for its length, but was asked for {max_new_tokens} "
-        f"after a prompt of {len(prompt)}: raise its context length (vLLM --max-model-len, SGLang --context-length), "
-        "or lower config.rollout.max_new_tokens."
+        f"after a prompt of {len(prompt)}: raise its context length (vLLM --max-model-len, SGLang --context-length, "
+        "zeda serve --max-length), or lower config.rollout.max_new_tokens."
       )
     if logprobs is not None and len(logprobs) != len(tokens):
       logprobs = None

@@ -198,12 +198,12 @@ def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def _check_room(client: Client, card: Mapping[str, Any], longest: int, max_new_tokens: int) -> None:
-  room = card.get("max_model_len")  # vLLM's and SGLang's
+  room = card.get("max_model_len")  # vLLM's, SGLang's and zeda serve's
   if isinstance(room, int) and longest + max_new_tokens > room:
     raise ZedaError(
       f"{client.url} holds {room} tokens of one sequence, but the longest prompt has {longest} and "
       f"config.rollout.max_new_tokens is {max_new_tokens}: raise the server's context length (vLLM --max-model-len, "
-      "SGLang --context-length) or lower max_new_tokens."
+      "SGLang --context-length, zeda serve --max-length) or lower max_new_tokens."
     )
 
 

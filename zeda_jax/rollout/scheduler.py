@@ -73,7 +73,7 @@ class Prefix:
 
 
 @dataclasses.dataclass
-class PrefillRow:
+class PromptToRead:
   shard: int
   tokens: list[int]
   pages: list[int]
@@ -83,10 +83,10 @@ class PrefillRow:
 
 @dataclasses.dataclass
 class Plan:
-  """Rows to read, all of one bucket, and then pages to copy."""
+  """Prompts to read, each device's packed into one row of `bucket` tokens, and then pages to copy."""
 
   bucket: int = 0
-  rows: list[PrefillRow] = dataclasses.field(default_factory=list)
+  prompts: list[PromptToRead] = dataclasses.field(default_factory=list)
   copies: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)  # (shard, source, target)
   used: list[Prefix] = dataclasses.field(default_factory=list)
   released: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)  # (shard, pages), once it is made
@@ -99,8 +99,8 @@ class Scheduler:
     num_slots: in all; a multiple of num_shards.
     num_pages: in all; a multiple of num_shards.
     page_size: tokens to a page.
-    buckets: lengths to which prompts are padded, ascending.
-    prefill_tokens: about how many tokens are read at once, padding included.
+    buckets: lengths to which rows of prompts are padded, ascending; the last one is for the longest prompt.
+    prefill_tokens: about how many tokens are read at once, by all devices.
     chunk_steps: decode steps for which pages are made ready.
     num_shards: devices.
   """
@@ -116,7 +116,7 @@ class Scheduler:
     num_shards: int = 1,
   ):
     self.page_size, self.buckets, self.chunk_steps = page_size, buckets, chunk_steps
-    self.prefill_tokens = prefill_tokens
+    self.row_tokens = min(max(1, prefill_tokens // num_shards), buckets[-1])  # of a device's row, but for long prompts
     self.num_shards, self.slots_per_shard = num_shards, num_slots // num_shards
     self.slots: list[Response | None] = [None] * num_slots
     self.pools = [PagePool(num_pages // num_shards) for _ in range(num_shards)]
@@ -129,10 +129,6 @@ class Scheduler:
   @property
   def running(self) -> list[Response]:
     return [response for response in self.slots if response is not None]
-
-  def rows_per_shard(self, bucket: int) -> int:
-    """How many prompts of a bucket a device reads at once."""
-    return min(self.slots_per_shard, max(1, self.prefill_tokens // (bucket * self.num_shards)))
 
   def add(self, id: int, request: Request, stop_ids: tuple[int, ...]) -> None:
     for index in range(request.n):
@@ -163,7 +159,8 @@ class Scheduler:
   # --- starting -----------------------------------------------------------------------------------------------------
 
   def plan_prefill(self) -> Plan:
-    """Starts as many responses as there are slots and pages for, in order; all that are read have one bucket."""
+    """Starts as many responses as there are slots, pages and room in the rows for, in order; one whose prompt finds no
+    room in a row does not hold up shorter ones, and comes first in the next plan."""
     plan = Plan()
     for response in self.waiting[: 4 * len(self.slots)]:
       if not self._start(response, plan):
@@ -180,20 +177,19 @@ class Scheduler:
       return False
     shared = lambda shard: response.reading is None and (response.id, shard) in self.prefixes
     choices.sort(key=lambda shard: (not shared(shard), -self.pools[shard].num_free))
-    bucket = self._bucket(response.num_cached)
     fits_plan = False
     for shard in choices:
-      planned = sum(row.shard == shard for row in plan.rows)
-      has_room = not plan.rows or (plan.bucket == bucket and planned < self.rows_per_shard(bucket))
-      if not (has_room or shared(shard) or bucket == 0):
+      if not (shared(shard) or self._has_room(plan, shard, response.num_cached)):
         continue
       fits_plan = True
       if self._start_in(response, shard, plan):
         return True
     return not fits_plan
 
-  def _bucket(self, length: int) -> int:
-    return next(b for b in self.buckets if b >= length) if length else 0
+  def _has_room(self, plan: Plan, shard: int, length: int) -> bool:
+    """Whether a device's row has room for so many tokens more."""
+    planned = sum(len(prompt.tokens) for prompt in plan.prompts if prompt.shard == shard)
+    return not plan.prompts or planned + length <= max(self.row_tokens, plan.bucket)
 
   def _slots_of(self, shard: int) -> list[Response | None]:
     return self.slots[shard * self.slots_per_shard : (shard + 1) * self.slots_per_shard]
@@ -236,8 +232,7 @@ class Scheduler:
     return True
 
   def _may_start_alone(self, shard: int, response: Response, plan: Plan) -> bool:
-    is_idle = not any(self._slots_of(shard))
-    return is_idle and (not plan.rows or plan.bucket == self._bucket(response.num_cached))
+    return not any(self._slots_of(shard)) and self._has_room(plan, shard, response.num_cached)
 
   def _new_prefix(self, response: Response, shard: int, plan: Plan) -> Prefix:
     pages = self.pools[shard].take(self._pages(response.num_cached))
@@ -264,9 +259,10 @@ class Scheduler:
   def _read(self, response: Response, shard: int, pages: list[int], reading: PromptReading | None, plan: Plan) -> None:
     length = response.num_cached
     if length:
-      plan.bucket = self._bucket(length)
       tokens = response.known[:length]
-      plan.rows.append(PrefillRow(shard, tokens, pages[: self._pages(length)], response.request, reading))
+      plan.prompts.append(PromptToRead(shard, tokens, pages[: self._pages(length)], response.request, reading))
+      planned = sum(len(prompt.tokens) for prompt in plan.prompts if prompt.shard == shard)
+      plan.bucket = max(plan.bucket, next(bucket for bucket in self.buckets if bucket >= planned))
 
   def _count_start(self, response: Response, plan: Plan) -> None:
     self._not_started[response.id] -= 1

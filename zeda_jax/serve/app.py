@@ -42,14 +42,18 @@ def make_app(
 
   @app.post("/v1/completions")
   async def completions(request: Request) -> Response:
-    def format(body: CompletionBody) -> responses.Format:
-      return responses.CompletionFormat(body, service.echoed(body) if body.echo else [], service.vocabulary)
+    def format(body: CompletionBody, prompts: list[list[int]]) -> responses.Format:
+      echoed = service.echoed(body) if body.echo else [""] * len(prompts)
+      return responses.CompletionFormat(body, prompts, echoed, service.vocabulary)
 
     return await endpoint.answer(request, CompletionBody, format)
 
   @app.post("/v1/chat/completions")
   async def chat_completions(request: Request) -> Response:
-    return await endpoint.answer(request, ChatBody, lambda body: responses.ChatFormat(body, service.vocabulary))
+    def format(body: ChatBody, prompts: list[list[int]]) -> responses.Format:
+      return responses.ChatFormat(body, prompts[0], service.vocabulary)
+
+    return await endpoint.answer(request, ChatBody, format)
 
   return gate
 
@@ -89,7 +93,7 @@ class _Endpoint:
     self._service, self._metrics = service, numbers
 
   async def answer(
-    self, request: Request, kind: type[Body], make_format: Callable[[Any], responses.Format]
+    self, request: Request, kind: type[Body], make_format: Callable[[Any, list[list[int]]], responses.Format]
   ) -> Response:
     """The answer to a request, whole or as a stream; counted and timed."""
     watch, path = metrics.Stopwatch(), request.url.path
@@ -110,7 +114,7 @@ class _Endpoint:
       done(error.status)
       raise
     try:
-      format = make_format(body)
+      format = make_format(body, [prompt.tokens for prompt in job.prompts])
       if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         parts = responses.parts(job, format, with_usage)

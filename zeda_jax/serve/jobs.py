@@ -37,6 +37,7 @@ class Delta:
 
   index: int
   text: str
+  tokens: list[int]
   infos: list[TokenInfo]
   prompt_infos: list[TokenInfo]
 
@@ -46,8 +47,10 @@ class Finished:
   """The end of one choice.
 
   Attributes:
+    num_tokens: of the response, the one that stopped it included.
     passes: forward passes that predicted the response; where nothing was sampled, those that read the prompt.
     zero_ratio: share of their picks that were zero experts.
+    stopped_by: the stop string, or the token of the request's own, that ended it; None for EOS and the limit of tokens.
   """
 
   index: int
@@ -55,6 +58,7 @@ class Finished:
   num_tokens: int
   passes: int
   zero_ratio: float
+  stopped_by: str | int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Prompt:
     request: what to sample; None where the prompt is only scored.
     zero_expert_bias: of the request.
     stops: strings that end a response.
+    stop_tokens: those of `request.stop_ids` that are no EOS.
     with_infos: give log-probabilities of sampled tokens.
     with_prompt_infos: and of the prompt's.
     num_top: alternatives for each of them.
@@ -85,6 +90,7 @@ class Prompt:
   request: Request | None
   zero_expert_bias: float
   stops: tuple[str, ...]
+  stop_tokens: tuple[int, ...]
   with_infos: bool
   with_prompt_infos: bool
   num_top: int
@@ -166,17 +172,25 @@ class Choice:
 
   def add(self, tokens: list[int], logprobs: list[float]) -> bool:
     """Takes sampled tokens; whether a stop string has ended the response."""
-    text, count = self._text.add(tokens)
+    assert self.prompt.request is not None
+    # The token that ends a response is no part of its text, special or not.
+    has_end = bool(tokens) and tokens[-1] in (self.prompt.request.stop_ids or ())
+    text, count = self._text.add(tokens[:-1] if has_end else tokens)
+    count += has_end and not self._text.stopped
     self._unsent += text
     self.tokens += tokens[:count]
     self._logprobs += logprobs[:count]
-    return self._text.stopped
+    return bool(self._text.stopped)
 
   def finish(self, reason: FinishReason, passes: int, zero_ratio: float) -> None:
     if not self._text.stopped:
       self._unsent += self._text.finish()  # which may complete a stop string
-    reason = "stop" if self._text.stopped else reason
-    self.end = Finished(self.index, reason, len(self.tokens), passes, zero_ratio)
+    stopped_by: str | int | None = self._text.stopped
+    if stopped_by is not None:
+      reason = "stop"
+    elif reason == "stop" and self.tokens[-1] in self.prompt.stop_tokens:
+      stopped_by = self.tokens[-1]
+    self.end = Finished(self.index, reason, len(self.tokens), passes, zero_ratio, stopped_by)
 
   @property
   def wants_scoring(self) -> bool:
@@ -204,7 +218,7 @@ class Choice:
         prompt_infos.append(self._info(token, logprob, best))
     self._sent_prompt = True
     text, self._unsent = self._unsent, ""
-    return Delta(self.index, text, infos, prompt_infos)
+    return Delta(self.index, text, self.tokens[start:], infos, prompt_infos)
 
   def _info(self, token: int, logprob: float, top: list[tuple[int, float]]) -> TokenInfo:
     finite = lambda x: x if math.isfinite(x) else _FLOOR

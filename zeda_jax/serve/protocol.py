@@ -1,7 +1,8 @@
 """The bodies of requests, as OpenAI's API has them: checked in full, and what is not supported is refused.
 
-Beside OpenAI's fields there are `top_k`, `min_p`, `ignore_eos`, `chat_template_kwargs` (names that vLLM and SGLang use)
-and `zero_expert_bias`.
+Beside OpenAI's fields there are `zero_expert_bias` and some that vLLM and SGLang have, with their meaning: `top_k`,
+`min_p`, `ignore_eos`, `stop_token_ids`, `skip_special_tokens`, `return_token_ids`, `return_tokens_as_token_ids` and
+`chat_template_kwargs`.
 """
 
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -75,6 +76,10 @@ class Body(BaseModel):
   stream: bool = False
   stream_options: StreamOptions | None = None
   ignore_eos: bool = False
+  stop_token_ids: list[_Count] = Field([], max_length=MAX_STOPS)
+  skip_special_tokens: bool = True
+  return_token_ids: bool = False
+  return_tokens_as_token_ids: bool = False
   zero_expert_bias: float | None = Field(None, allow_inf_nan=True)
 
   @pydantic.model_validator(mode="before")

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import copy
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -62,7 +63,7 @@ class Service:
     self.vocabulary = Vocabulary(tokenizer)
     # Encoding may change a tokenizer's state, and the worker decodes at the same time.
     for_worker = copy.deepcopy(tokenizer)
-    self._decode = lambda tokens: for_worker.decode(tokens, skip_special_tokens=True)
+    self._decode = for_worker.decode
     self._encoder = concurrent.futures.ThreadPoolExecutor(1, "tokenizer")
 
   # --- jobs ---------------------------------------------------------------------------------------------------------
@@ -75,6 +76,7 @@ class Service:
     """
     self.check_model(body.model)
     self._check_bias(body.zero_expert_bias)
+    self._check_stop_tokens(body.stop_token_ids)
     count = body.n * (len(body.prompt) if isinstance(body, CompletionBody) else 1)
     self._admit(count)
     try:
@@ -82,7 +84,8 @@ class Service:
     except BaseException:
       self._release(count)
       raise
-    job = Job(prompts, body.stream, self._decode, lambda: self._release(count))
+    decode = functools.partial(self._decode, skip_special_tokens=body.skip_special_tokens)
+    job = Job(prompts, body.stream, decode, lambda: self._release(count))
     self.worker.submit(job)
     return job
 
@@ -117,6 +120,11 @@ class Service:
     if bias and math.isfinite(bias) and not self.model.is_dynamic:
       raise ApiError(400, "zero_expert_bias is given, but the model has no zero experts.", "zero_expert_bias")
 
+  def _check_stop_tokens(self, tokens: list[int]) -> None:
+    if (worst := max(tokens, default=0)) >= (vocab_size := self.model.vocab_size):
+      message = f"stop_token_ids holds the token {worst}; the model's vocabulary has {vocab_size}."
+      raise ApiError(400, message, "stop_token_ids")
+
   def _prompts(self, body: Body) -> list[Prompt]:
     if isinstance(body, CompletionBody):
       return self._completion(body)
@@ -135,6 +143,7 @@ class Service:
           self._request(body, tokens, body.max_tokens, seed, i * body.n) if body.max_tokens else None,
           self._bias(body),
           tuple(body.stop),
+          self._stop_tokens(body),
           with_infos=body.logprobs is not None,
           with_prompt_infos=body.echo and body.logprobs is not None,
           num_top=body.logprobs or 0,
@@ -155,8 +164,10 @@ class Service:
     self._check(tokens, body.limit or 1, "messages")
     count = body.limit or self.model.longest - len(tokens)
     request = self._request(body, tokens, count, self._seed(body), 0)
-    top = body.top_logprobs
-    return [Prompt(tokens, request, self._bias(body), tuple(body.stop), body.logprobs, False, top)]
+    stops, stop_tokens = tuple(body.stop), self._stop_tokens(body)
+    return [
+      Prompt(tokens, request, self._bias(body), stops, stop_tokens, body.logprobs, False, num_top=body.top_logprobs)
+    ]
 
   def _check(self, tokens: list[int], max_tokens: int, param: str) -> None:
     if not tokens:
@@ -190,9 +201,16 @@ class Service:
       seed,
       stream,
       body.n,
-      () if body.ignore_eos else self.model.eos_ids,
+      (*self._eos(body), *self._stop_tokens(body)),
       self._bias(body),
     )
+
+  def _eos(self, body: Body) -> tuple[int, ...]:
+    return () if body.ignore_eos else self.model.eos_ids
+
+  def _stop_tokens(self, body: Body) -> tuple[int, ...]:
+    """The request's own, each once."""
+    return tuple(token for token in dict.fromkeys(body.stop_token_ids) if token not in self._eos(body))
 
   def echoed(self, body: CompletionBody) -> list[str]:
     """Texts of the prompts, as they were given or as their tokens are."""

@@ -48,7 +48,7 @@ class StopFinder:
   def __init__(self, stops: Sequence[str]):
     self._stops = [stop for stop in stops if stop]
     self._held = ""
-    self.found = False
+    self.found: str | None = None
 
   def add(self, text: str) -> str:
     """What of the text so far is certain to come before any stop string, less what was given before."""
@@ -57,10 +57,10 @@ class StopFinder:
     if self.found:
       return ""
     self._held += text
-    ends = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+    ends = [(start + len(stop), start, stop) for stop in self._stops if (start := self._held.find(stop)) >= 0]
     if ends:
-      self.found = True
-      return self._take(min(ends)[1])
+      _, start, self.found = min(ends)
+      return self._take(start)
     return self._take(len(self._held) - max(self._overlap(stop) for stop in self._stops))
 
   def finish(self) -> str:
@@ -89,7 +89,8 @@ class ResponseText:
     self._by_token = bool(stops)
 
   @property
-  def stopped(self) -> bool:
+  def stopped(self) -> str | None:
+    """The stop string that ended it."""
     return self._finder.found
 
   def add(self, tokens: Sequence[int]) -> tuple[str, int]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from zeda_jax.ops.varying import zeros
 
-BLOCK = 512
+BLOCK = 128
 _MASKED = -1e30  # finite: differences of it are numbers, not NaN
 _NOWHERE = jnp.iinfo(jnp.int32).max
 
@@ -47,15 +47,15 @@ def forward(
   """The output and the logarithm of each softmax's denominator; padding gives 0."""
   blocks = _blocks(query, segment_ids)
   batch, length, heads, _ = query.shape
-  key_blocks, value_blocks, query_blocks = map(blocks.split, (key, value, _grouped(query, key.shape[2])))
+  key_blocks, value_blocks = blocks.split(key), blocks.split(value)
+  query_blocks = _by_head(blocks.split(_grouped(query, key.shape[2])))
 
   def of_queries(_, inputs):
     i, query = inputs
-    _, size, groups, shared, _ = query.shape
 
     def of_keys(j, carry):
       out, total, largest = carry
-      logits = scale * jnp.einsum("bqmgd,bkmd->bmgqk", query, key_blocks[j], preferred_element_type=jnp.float32)
+      logits = scale * jnp.einsum("bmgqd,bkmd->bmgqk", query, key_blocks[j], preferred_element_type=jnp.float32)
       mask = blocks.mask(i, j)
       new_largest = jnp.maximum(largest, jnp.where(mask, logits, _MASKED).max(axis=-1, keepdims=True))
       weights = jnp.where(mask, jnp.exp(logits - new_largest), 0)
@@ -66,19 +66,18 @@ def forward(
       )
       return out, shrink * total + weights.sum(axis=-1, keepdims=True), new_largest
 
-    rows = (batch, groups, shared, size)
-    nothing = zeros((*rows, 1), jnp.float32, like=query)
-    start = (zeros((*rows, value.shape[-1]), jnp.float32, like=query), nothing, nothing + _MASKED)
+    nothing = zeros((*query.shape[:-1], 1), jnp.float32, like=query)
+    start = (zeros((*query.shape[:-1], value.shape[-1]), jnp.float32, like=query), nothing, nothing + _MASKED)
     out, total, largest = jax.lax.fori_loop(blocks.first[i], blocks.end[i], of_keys, start)
     empty = total == 0
     out = jnp.where(empty, 0, out / jnp.where(empty, 1, total)).astype(value.dtype)
     # Of a query that sees nothing: so large that the backward pass finds every weight 0.
     lse = jnp.where(empty, -_MASKED, largest + jnp.log(jnp.where(empty, 1, total)))
-    return None, (out.transpose(0, 3, 1, 2, 4), lse.transpose(0, 3, 1, 2, 4))
+    return None, (out, lse)
 
   _, (out, lse) = jax.lax.scan(of_queries, None, (jnp.arange(blocks.first.shape[0]), query_blocks))
-  out = _join_rows(out, length).reshape(batch, length, heads, -1)
-  return out, _join_rows(lse, length).reshape(batch, length, heads).swapaxes(1, 2)
+  whole = lambda x: _join_rows(_by_query(x), length).reshape(batch, length, heads, -1)
+  return whole(out), whole(lse)[..., 0].swapaxes(1, 2)
 
 
 def backward(
@@ -96,8 +95,8 @@ def backward(
   blocks = _blocks(query, segment_ids)
   groups = key.shape[2]
   delta = jnp.einsum("btnv,btnv->bnt", out, grad, preferred_element_type=jnp.float32)
-  split = lambda x: blocks.split(_grouped(x, groups))
-  by_head = lambda x: split(x.swapaxes(1, 2)[..., None]).transpose(0, 1, 3, 4, 2, 5)  # [I B m g q 1]
+  split = lambda x: _by_head(blocks.split(_grouped(x, groups)))
+  of_rows = lambda x: split(x.swapaxes(1, 2)[..., None])  # [I B m g q 1]
   key_blocks, value_blocks = blocks.split(key), blocks.split(value)
 
   def of_queries(carry, inputs):
@@ -106,14 +105,14 @@ def backward(
     def of_keys(j, carry):
       d_query, d_key, d_value = carry
       key, value = key_blocks[j], value_blocks[j]
-      logits = scale * jnp.einsum("bqmgd,bkmd->bmgqk", query, key, preferred_element_type=jnp.float32)
+      logits = scale * jnp.einsum("bmgqd,bkmd->bmgqk", query, key, preferred_element_type=jnp.float32)
       weights = jnp.where(blocks.mask(i, j), jnp.exp(logits - lse), 0)
-      d_weights = jnp.einsum("bqmgv,bkmv->bmgqk", grad, value, preferred_element_type=jnp.float32)
+      d_weights = jnp.einsum("bmgqv,bkmv->bmgqk", grad, value, preferred_element_type=jnp.float32)
       d_logits = (scale * weights * (d_weights - delta)).astype(query.dtype)
       dot = lambda spec, a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-      d_query += dot("bmgqk,bkmd->bqmgd", d_logits, key)
-      d_key = d_key.at[j].add(dot("bmgqk,bqmgd->bkmd", d_logits, query))
-      d_value = d_value.at[j].add(dot("bmgqk,bqmgv->bkmv", weights.astype(grad.dtype), grad))
+      d_query += dot("bmgqk,bkmd->bmgqd", d_logits, key)
+      d_key = d_key.at[j].add(dot("bmgqk,bmgqd->bkmd", d_logits, query))
+      d_value = d_value.at[j].add(dot("bmgqk,bmgqv->bkmv", weights.astype(grad.dtype), grad))
       return d_query, d_key, d_value
 
     start = (zeros(query.shape, jnp.float32, like=query), *carry)
@@ -123,16 +122,16 @@ def backward(
   start = tuple(zeros(x.shape, jnp.float32, like=x) for x in (key_blocks, value_blocks))
   index = jnp.arange(blocks.first.shape[0])
   (d_key, d_value), d_query = jax.lax.scan(
-    of_queries, start, (index, split(query), split(grad), by_head(lse), by_head(delta))
+    of_queries, start, (index, split(query), split(grad), of_rows(lse), of_rows(delta))
   )
   whole = lambda d, x: _join_rows(d, x.shape[1]).reshape(x.shape).astype(x.dtype)
-  return whole(d_query, query), whole(d_key, key), whole(d_value, value)
+  return whole(_by_query(d_query), query), whole(d_key, key), whole(d_value, value)
 
 
 def _blocks(query: Float[Array, "B T N D"], segment_ids: Int[Array, "B T"] | None) -> _Blocks:
   shape = query.shape[:2]
   segments = jnp.ones(shape, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
-  segments = _split(segments, min(BLOCK, math.ceil(shape[1] / 128) * 128))
+  segments = _split(segments, BLOCK)
   # A block of queries may see one of keys where their ranges of segments overlap: a superset, and exact if segments
   # lie one after the other.
   low = jnp.where(segments > 0, segments, _NOWHERE).min(axis=-1)
@@ -158,3 +157,12 @@ def _join_rows(x: Array, length: int) -> Array:
 
 def _grouped(x: Float[Array, "B T N D"], groups: int) -> Float[Array, "B T M G D"]:
   return x.reshape(*x.shape[:2], groups, -1, x.shape[-1])
+
+
+def _by_head(x: Float[Array, "I B q M G D"]) -> Float[Array, "I B M G q D"]:
+  """With queries next to what is summed: their products with keys need no turning around, which takes a CPU longer."""
+  return x.transpose(0, 1, 3, 4, 2, 5)
+
+
+def _by_query(x: Float[Array, "I B M G q D"]) -> Float[Array, "I B q M G D"]:
+  return x.transpose(0, 1, 4, 2, 3, 5)
