@@ -26,7 +26,7 @@ demo: $(VENV)/.installed ## adapt the embedded tiny teacher and print the table 
 	$(BIN)/zeda demo $(DEMO_FLAGS)
 
 test: lint $(VENV)/.installed-libtpu ## ruff, mypy, shellcheck and the tests
-	$(BIN)/python -m pytest --numprocesses=$(PYTEST_PROCESSES) --dist=loadfile $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest --numprocesses=$(PYTEST_PROCESSES) --dist=loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-dev ## the tests marked slow: minutes of work or gigabytes of disk
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)

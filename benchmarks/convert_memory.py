@@ -19,7 +19,8 @@ import numpy as np
 
 from zeda_jax.checkpoint import directory, names
 from zeda_jax.checkpoint.safetensors_io import DTYPES, PlannedTensor, TensorSpec, open_weights
-from zeda_jax.config import ModelConfig, to_hf
+from zeda_jax.config import ModelConfig, from_hf, to_hf
+from zeda_jax.plan.models import MODELS
 
 CONVERTER = "import sys; from zeda_jax.checkpoint import transform; getattr(transform, sys.argv[1])(*sys.argv[2:])"
 # A child starts with the memory of its parent on its account, so a small process starts it, as /usr/bin/time does.
@@ -36,20 +37,7 @@ def synthetic_config(gigabytes: float) -> ModelConfig:
   """Qwen3-30B-A3B's shapes with as many layers as fill `gigabytes` (decimal) of bfloat16."""
 
   def config(layers: int) -> ModelConfig:
-    return ModelConfig(
-      model_type="qwen3_moe",
-      vocab_size=151936,
-      hidden_size=2048,
-      num_heads=32,
-      num_kv_heads=4,
-      head_dim=128,
-      intermediate_size=6144,
-      moe_intermediate_size=768,
-      num_experts=128,
-      num_experts_per_tok=8,
-      moe_layers=(True,) * layers,
-      dtype="bfloat16",
-    )
+    return from_hf(MODELS["qwen3_30b_a3b"] | {"num_hidden_layers": layers})
 
   layers = 1
   while num_bytes(config(layers)) < gigabytes * 1e9:

@@ -15,14 +15,14 @@ import sys
 import time
 from typing import Any
 
+from zeda_jax.bench import shapes as bench
 from zeda_jax.plan.aot import ENVIRONMENT, find_libtpu
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-# tokens, picks per token, hidden, inner, experts
 SHAPES = {
-  "qwen3_30b_a3b": (8192, 8, 2048, 768, 128),
-  "glm_4_7_flash": (8192, 4, 2048, 1536, 64),
-  "qwen3_30b_a3b decode": (32, 8, 2048, 768, 128),
+  "qwen3_30b_a3b": bench.SHAPES["qwen3-30b-a3b/prefill"],
+  "glm_4_7_flash": bench.SHAPES["glm-4.7-flash/prefill"],
+  "qwen3_30b_a3b decode": bench.SHAPES["qwen3-30b-a3b/decode-32"],
 }
 MEGABLOX_TILE = (512, 1024, 768)  # compiles everywhere; fewer rows where there are fewer
 
@@ -84,13 +84,13 @@ def measure(topologies: list[str], shapes: list[str], backends: list[str]) -> li
   records = []
   for topology in topologies:
     for shape in shapes:
-      tokens, picks, hidden, inner, groups = SHAPES[shape]
-      for product, k, n in (("gate_up", hidden, 2 * inner), ("down", inner, hidden)):
+      layer = SHAPES[shape]
+      for product, k, n in (("gate_up", layer.hidden, 2 * layer.inner), ("down", layer.inner, layer.hidden)):
         for backend in backends:
-          for name, (function, arguments) in programs(backend, tokens * picks, k, n, groups).items():
+          for name, (function, arguments) in programs(backend, layer.picks, k, n, layer.experts).items():
             if name == "swiglu" and product == "down":
               continue
-            useful = 2 * tokens * picks * k * n * (3 if name == "forward and backward" else 1)
+            useful = 2 * layer.picks * k * n * (3 if name == "forward and backward" else 1)
             record = {"topology": topology, "shape": shape, "product": product, "backend": backend, "program": name}
             try:
               record |= {"useful_flops": useful, **compile_one(topology, function, arguments)}

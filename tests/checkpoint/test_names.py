@@ -5,26 +5,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.tiny_models import GLM
+from tests.tiny_models import CONFIG, GLM
 from zeda_jax.checkpoint import names
 from zeda_jax.checkpoint.safetensors_io import TensorSpec
 from zeda_jax.config import ModelConfig
 from zeda_jax.errors import ZedaError
 from zeda_jax.models.decoder import abstract_decoder
 
-STATIC = ModelConfig(
-  model_type="qwen3_moe",
-  vocab_size=64,
-  hidden_size=32,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=16,
-  intermediate_size=48,
-  moe_intermediate_size=24,
-  num_experts=6,
-  num_experts_per_tok=2,
-  moe_layers=(True, True, True),
-)
+STATIC = CONFIG.replace(moe_layers=(True, True, True))
 CONFIGS = {
   "static": STATIC,
   "dynamic": STATIC.replace(num_zero_experts=3),

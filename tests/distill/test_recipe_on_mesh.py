@@ -49,14 +49,14 @@ EVALUATED = {"evaluate.num_prompts": 11, "evaluate.batch_size": 20, "export.plai
 @pytest.fixture(scope="module")
 def whole(files, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("whole") / "w"
-  adapt(files, workdir, {})
+  run_everywhere(f"{THIS}:adapt", 1, 1, files, workdir, {})
   return workdir
 
 
 @pytest.fixture(scope="module")
 def evaluated(files, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("evaluated") / "w"
-  adapt(files, workdir, EVALUATED)
+  run_everywhere(f"{THIS}:adapt", 1, 1, files, workdir, EVALUATED)
   return workdir
 
 
@@ -118,7 +118,7 @@ def test_meshes_and_processes(files, evaluated, tmp_path, processes, devices, ex
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, devices", [(1, 4), (2, 2)])
 def test_rollouts_made_ahead(files, tmp_path, processes, devices):
-  adapt(files, tmp_path / "one", {"opd.overlap": True})
+  run_everywhere(f"{THIS}:adapt", 1, 1, files, tmp_path / "one", {"opd.overlap": True})
   run_everywhere(f"{THIS}:adapt", processes, devices, files, tmp_path / "w", {"opd.overlap": True, "mesh.expert": 2})
   assert_same_run(tmp_path / "w", tmp_path / "one")
 

@@ -101,6 +101,16 @@ def test_on_policy_rows():
   assert (opd.rows, opd.row_length, opd.idle_devices) == (32, 8192, 32)
 
 
+def test_a_teacher_that_does_not_run_is_held_and_costs_no_time():
+  plan, alone = (plan_of(**{"sft.teacher_metrics": runs})[0] for runs in (True, False))
+  assert alone.memory == plan.memory
+  assert 0.7 < sum(alone.flops["0.0"].values()) / sum(plan.flops["0.0"].values()) < 0.85
+  assert alone.times["0.5"].rows == pytest.approx(alone.times["0.0"].rows / 2)
+  assert alone.times["0.5"].rows < plan.times["0.5"].rows and alone.times["0.5"].step < plan.times["0.5"].step
+  kl = [plan_of(**{"sft.teacher_metrics": runs, "sft.loss": "forward_kl"})[0] for runs in (True, False)]
+  assert kl[0].times == kl[1].times == plan.times
+
+
 def test_sampling_ahead_holds_the_engine_beside_the_step():
   settings = {"opd.max_new_tokens": 7168, "mesh.expert": 4}
   plan, ahead = (plan_of(stage="opd", **settings, **{"opd.overlap": overlap})[0] for overlap in (False, True))

@@ -8,19 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from tests import tiny_models
 from zeda_jax.analysis.collect import Collected
 from zeda_jax.analysis.measure import Texts, TokenMeasurements
-from zeda_jax.config import ModelConfig
 
-CONFIG = ModelConfig(
-  model_type="qwen3_moe",
-  vocab_size=64,
-  hidden_size=32,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=16,
-  intermediate_size=48,
-  moe_intermediate_size=24,
+CONFIG = tiny_models.CONFIG.replace(
   num_experts=8,
   num_zero_experts=4,
   num_experts_per_tok=4,

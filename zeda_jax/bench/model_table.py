@@ -10,9 +10,8 @@ import rich.console
 import rich.table
 
 from zeda_jax.bench.model_options import PaperCell
-from zeda_jax.bench.table import markdown_table, plain, quantity, targets
+from zeda_jax.bench.table import markdown_table, plain, quantity, write_texts
 from zeda_jax.bench.timing import Timing
-from zeda_jax.data.jsonl import atomic_writer
 
 GOAL = 0.9  # of the theoretical speed-up
 LEGEND = (
@@ -124,9 +123,4 @@ def comma_separated(report: ModelReport) -> str:
 
 def write(report: ModelReport, directory: str | pathlib.Path, name: str, overwrite: bool = False) -> list[pathlib.Path]:
   """Writes NAME.csv and NAME.md; returns their paths."""
-  files = targets(directory, name, overwrite)
-  pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
-  for file, text in zip(files, (comma_separated(report), markdown(report)), strict=True):
-    with atomic_writer(file, overwrite) as stream:
-      stream.write(text.encode())
-  return files
+  return write_texts((comma_separated(report), markdown(report)), directory, name, overwrite)

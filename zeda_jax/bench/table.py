@@ -217,9 +217,16 @@ def targets(directory: str | pathlib.Path, name: str, overwrite: bool) -> list[p
 
 def write(report: Report, directory: str | pathlib.Path, name: str, overwrite: bool = False) -> list[pathlib.Path]:
   """Writes NAME.csv and NAME.md; returns their paths."""
+  return write_texts((comma_separated(report), markdown(report)), directory, name, overwrite)
+
+
+def write_texts(
+  texts: tuple[str, str], directory: str | pathlib.Path, name: str, overwrite: bool
+) -> list[pathlib.Path]:
+  """Writes NAME.csv and NAME.md with these texts; returns their paths."""
   files = targets(directory, name, overwrite)
   pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
-  for file, text in zip(files, (comma_separated(report), markdown(report)), strict=True):
+  for file, text in zip(files, texts, strict=True):
     with atomic_writer(file, overwrite) as stream:
       stream.write(text.encode())
   return files

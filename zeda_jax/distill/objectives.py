@@ -136,7 +136,10 @@ def batch_loss(
   scale = 1.0 / jnp.maximum(response_tokens, 1.0)
   distill = jnp.where(mask, token_loss(objective, losses, extra), 0.0).sum() * scale
   balance_loss = out.aux_loss.sum()
-  return distill + balance_loss / parts, _metrics(out, losses, batch, student.config, distill, balance_loss, scale)
+  metrics = _metrics(out, losses, batch, student.config, distill, balance_loss, scale)
+  if not objective.needs_teacher:  # what nobody measured is not 0
+    del metrics["sums"]["forward_kl"], metrics["sums"]["reverse_kl"]
+  return distill + balance_loss / parts, metrics
 
 
 def _metrics(

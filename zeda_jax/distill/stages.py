@@ -160,7 +160,9 @@ def run_sft(stage: Stage, student: Decoder, rollouts: Sequence[pathlib.Path]) ->
   together(lambda: source.lengths(student.config.vocab_size))
   process = jax.process_index(), jax.process_count()
   batches = sft_batches(source, settings.batch_size, settings.row_length, stage.seed, settings.epochs, *process)
-  objective = Objective(settings.loss, settings.balance, settings.balance_tokens)
+  objective = Objective(
+    settings.loss, settings.balance, settings.balance_tokens, teacher_metrics=settings.teacher_metrics
+  )
   return stage.train(student, objective, batches, batches.num_batches)
 
 

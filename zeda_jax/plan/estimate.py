@@ -17,7 +17,7 @@ from zeda_jax.plan.program import Sent
 from zeda_jax.plan.steps import Batch, Models, bytes_per_device
 from zeda_jax.sharding import Sharding
 
-EXCHANGES = {"student": 5, "teacher": 2}  # of rows in a layer: there and back; backward there twice and back
+_STUDENT_EXCHANGES, _TEACHER_EXCHANGES = 5, 2  # of rows in a layer: there and back; backward there twice and back
 
 
 def _numbers(tree: Any) -> float:
@@ -84,7 +84,14 @@ def train_temporaries(models: Models, batch: Batch, sharding: Sharding) -> dict[
   return {"gradients": gradients, "activations": activations, "temporaries": rest}
 
 
-def train_traffic(models: Models, batch: Batch, sharding: Sharding, ragged: bool = True) -> list[Sent]:
+def exchanges(zero_ratio: float, teacher_runs: bool) -> float:
+  """How often the rows of a static model's picks travel in a layer: the student's fall with 1 - r_ZE."""
+  return (1 - zero_ratio) * _STUDENT_EXCHANGES + teacher_runs * _TEACHER_EXCHANGES
+
+
+def train_traffic(
+  models: Models, batch: Batch, sharding: Sharding, ragged: bool = True, teacher_runs: bool = True
+) -> list[Sent]:
   """What one device sends in a step in which no pick is a zero expert.
 
   `ragged` tells whether the rows travel alone, or in buffers with room for `sharding.capacity` times as many.
@@ -96,15 +103,15 @@ def train_traffic(models: Models, batch: Batch, sharding: Sharding, ragged: bool
   of = lambda group, numbers: (group - 1) / group * numbers
   everything = data * expert
   # Student forward and again in the backward pass, teacher forward; the head for each pass of both models.
-  layers = 3 * (of(data, experts / expert) + of(everything, others)) * size * batch.parts
-  head = 6 * of(everything, ends / 2) * size * batch.parts
+  layers = (2 + teacher_runs) * (of(data, experts / expert) + of(everything, others)) * size * batch.parts
+  head = (4 + 2 * teacher_runs) * of(everything, ends / 2) * size * batch.parts
   gathered = layers + head
   summed = 0.0
   if _numbers(models.trained) > experts:  # all of them, not the routers alone
     summed = (of(data, experts / expert) + of(everything, others)) * size + of(everything, ends / 2) * (4 + size)
   rows = batch.padded(everything) // everything * batch.length * config.num_experts_per_tok
-  moe_layers, passes = sum(config.moe_layers), EXCHANGES
-  exchanged = moe_layers * sum(passes.values()) * of(expert, rows * config.hidden_size) * size
+  times = sum(config.moe_layers) * exchanges(0.0, teacher_runs)
+  exchanged = times * of(expert, rows * config.hidden_size) * size
   found = [
     Sent("all-gather", data if data > 1 else everything, gathered),
     Sent("reduce-scatter", data if data > 1 else everything, summed * batch.parts),
@@ -118,17 +125,19 @@ def row_traffic(group: int, size: float, sharding: Sharding, ragged: bool) -> Se
   return Sent("ragged-all-to-all", group, size) if ragged else Sent("all-to-all", group, size * sharding.capacity)
 
 
-def train_memory_traffic(models: Models, batch: Batch, sharding: Sharding, zero_ratio: float = 0.0) -> float:
+def train_memory_traffic(
+  models: Models, batch: Batch, sharding: Sharding, zero_ratio: float = 0.0, teacher_runs: bool = True
+) -> float:
   """Bytes between one device's memory and its compute units in a step, about: what does not fit on the chip."""
   config, devices = models.config, sharding.num_devices
   size = jnp.dtype(config.dtype).itemsize
   tokens = batch.padded(devices) // devices * batch.length
   experts, others = _parts(models.teacher_params)
   whole = experts / sharding.expert_devices + others
-  matrices = 2 * 4 * whole * size * batch.parts  # written and read: three gathers, one gradient
+  matrices = 2 * (3 + teacher_runs) * whole * size * batch.parts  # written and read: gathers, one gradient
   wide = 30 * config.hidden_size + 6 * config.num_heads * config.head_dim  # of a layer's arrays, for one pass
-  layers = config.num_layers * tokens * wide * size * 5
-  kept = (1 - zero_ratio) * EXCHANGES["student"] + EXCHANGES["teacher"]
+  layers = config.num_layers * tokens * wide * size * (4 + teacher_runs)
+  kept = exchanges(zero_ratio, teacher_runs)
   rows = sum(config.moe_layers) * tokens * config.num_experts_per_tok * config.hidden_size * size * 5 * kept
   logits = tokens * config.vocab_size * 4.0 * 10
   optimizer = _numbers(models.trained) / devices * (2 * (12 + size) + 8)

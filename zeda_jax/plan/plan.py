@@ -23,6 +23,7 @@ from zeda_jax.plan.steps import (
   abstract_models,
   make_sharding,
   stage_batch,
+  stage_objective,
   train_arguments,
 )
 from zeda_jax.plan.worker import Job
@@ -99,7 +100,8 @@ def make_plan(
   kinds |= estimate.train_temporaries(models, batch, sharding)
   ahead = ahead_bytes(config, models, prompt_tokens, sharding) if stage == "opd" else {}
   ragged = ragged_exchange(topology.chip.kind, topology.devices)
-  traffic = estimate.train_traffic(models, batch, sharding, ragged)
+  runs = stage_objective(config, stage).needs_teacher
+  traffic = estimate.train_traffic(models, batch, sharding, ragged, runs)
   source, note, needed = "estimate", "", sum(kinds.values())
   if compiling:
     try:
@@ -115,8 +117,8 @@ def make_plan(
   times = {}
   for ratio in RATIOS:
     total = sum(flops[str(ratio)].values()) / devices
-    moved = estimate.train_memory_traffic(models, batch, sharding, ratio)
-    times[str(ratio)] = step_times(topology, total, moved, _with_ratio(traffic, ratio))
+    moved = estimate.train_memory_traffic(models, batch, sharding, ratio, runs)
+    times[str(ratio)] = step_times(topology, total, moved, _with_ratio(traffic, ratio, runs))
   return Plan(
     model=name,
     stage=stage,
@@ -144,7 +146,7 @@ def deciding_settings(config: ml_collections.ConfigDict, stage: str) -> dict[str
   """The settings that decide memory, by the name of their flag."""
   names = ["remat", "mesh.data", "mesh.expert", "mesh.capacity"]
   more = {
-    "sft": ("batch_size", "row_length", "accumulate", "trainable", "loss"),
+    "sft": ("batch_size", "row_length", "accumulate", "trainable", "loss", "teacher_metrics"),
     "opd": ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "accumulate", "trainable", "loss", "overlap"),
     "rollout": ("batch_size", "max_new_tokens"),
   }[stage]
@@ -201,13 +203,13 @@ def _flops(
 ) -> dict[str, float]:
   """Of all rows on all devices, by kind; empty rows too, since a device with rows of its own is what takes longest."""
   rows = batch.padded(devices)
-  return work.training(models.config, rows, batch.length, config[stage].trainable, ratio)._asdict()
+  runs = stage_objective(config, stage).needs_teacher
+  return work.training(models.config, rows, batch.length, config[stage].trainable, ratio, runs)._asdict()
 
 
-def _with_ratio(traffic: list[Sent], ratio: float) -> list[Sent]:
+def _with_ratio(traffic: list[Sent], ratio: float, teacher_runs: bool) -> list[Sent]:
   """The student's rows fall with 1 - r_ZE; the teacher's, weights and whole buffers are always sent."""
-  student, teacher = (estimate.EXCHANGES[who] for who in ("student", "teacher"))
-  left = (student * (1 - ratio) + teacher) / (student + teacher)
+  left = estimate.exchanges(ratio, teacher_runs) / estimate.exchanges(0.0, teacher_runs)
   return [s._replace(bytes=s.bytes * left) if s.kind == "ragged-all-to-all" else s for s in traffic]
 
 

@@ -148,7 +148,8 @@ def show_fewer_slots(found: tuple[dict[str, Any], EnginePlan] | None, console: r
 def show_suggestion(found: tuple[dict[str, Any], Plan] | None, console: rich.console.Console) -> None:
   """The change that makes it fit, as flags."""
   if found is None:
-    text = "No change tried makes it fit (remat, accumulate, opd.overlap, mesh.expert, trainable=router): take more chips."
+    tried = "remat, accumulate, opd.overlap, mesh.expert, trainable=router"
+    text = f"No change tried makes it fit ({tried}): take more chips."
   else:
     changes, plan = found
     flags = " ".join(f"--config.{name}={value}" for name, value in changes.items())

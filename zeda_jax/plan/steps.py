@@ -112,14 +112,23 @@ def abstract_models(
   return Models(teacher_def, typed(teacher_params), student_def, trained, frozen, student)
 
 
+def stage_objective(config: ml_collections.ConfigDict, stage: str) -> Objective:
+  """What a training stage of the recipe minimises."""
+  settings = config[stage]
+  if stage == "opd":
+    options = {"clip_low": settings.clip_low, "clip_high": settings.clip_high}
+  else:
+    options = {"teacher_metrics": settings.teacher_metrics}
+  return Objective(settings.loss, settings.balance, settings.balance_tokens, **options)
+
+
 def train_program(
   config: ml_collections.ConfigDict, stage: str, models: Models, batch: Batch, sharding: Sharding
 ) -> tuple[Any, tuple[Any, ...]]:
   """(the jitted step, its arguments as shapes that lie where they will)"""
   settings = config[stage]
-  clips = (settings.clip_low, settings.clip_high) if stage == "opd" else ()
-  objective = Objective(settings.loss, settings.balance, settings.balance_tokens, *clips)
   optimizer = optimizer_config(settings)
+  objective = stage_objective(config, stage)
   step = make_train_step(models.student, models.teacher, objective, optimizer, _STEPS, settings.accumulate)
   arguments = train_arguments(config, stage, models, batch, sharding)
   return step, tuple(placed(tree, sharding, rows=i == 2) for i, tree in enumerate(arguments))

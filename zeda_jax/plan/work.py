@@ -88,10 +88,12 @@ def student_passes(config: ModelConfig, trainable: str) -> Passes:
 TEACHER = Passes(1.0, 1.0, 1.0, 2.0)
 
 
-def training(config: ModelConfig, rows: int, length: int, trainable: str, zero_ratio: float = 0.0) -> Work:
-  """A step on `rows` rows with a teacher; `config` is the student's."""
+def training(
+  config: ModelConfig, rows: int, length: int, trainable: str, zero_ratio: float = 0.0, teacher_runs: bool = True
+) -> Work:
+  """A step on `rows` rows, with the teacher's forward pass if it runs; `config` is the student's."""
   student = _times(forward(config, length, zero_ratio), student_passes(config, trainable))
-  teacher = _times(forward(config.replace(num_zero_experts=0), length), TEACHER)
+  teacher = _times(forward(config.replace(num_zero_experts=0), length), TEACHER if teacher_runs else Passes(0, 0, 0, 0))
   return Work(*(rows * (a + b) for a, b in zip(student, teacher, strict=True)))
 
 
