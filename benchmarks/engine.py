@@ -5,8 +5,8 @@
 
 `generate`: requests with prompts of 32 to 512 tokens and as many new ones, drawn apart. transformers pads them to one
 batch or to several, and decodes each until its longest response is done; batches are in order of arrival, and once more
-of like response length, as if that were known beforehand. Only tokens that were asked for count. `skipping`: decode rate
-of one model, static and with r_ZE = 0.5, at a shape where experts dominate.
+of like response length, as if that were known beforehand. Only tokens that were asked for count. `skipping`: decode
+rate of one model, static and with r_ZE = 0.5, at a shape where experts dominate.
 """
 
 import argparse
