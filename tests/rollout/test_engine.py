@@ -73,7 +73,7 @@ def test_greedy_equals_transformers_for_forty_prompts_at_once(tmp_path, family, 
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="float32").eval()
   prompts = [RNG.integers(0, 64, 1 + 29 * i // 39).tolist() for i in RNG.permutation(40)]
   expected = hf_generate(stock, prompts, [3, 4])
-  engine = Engine(model, num_slots=8, page_size=4, chunk_steps=8, max_length=56, prefill_tokens=16)
+  engine = Engine(model, num_slots=32, page_size=4, chunk_steps=8, max_length=56, prefill_tokens=64)
   found = firsts(engine, [Request(p, NEW, temperature=0.0, stop_ids=(3, 4)) for p in prompts])
   assert [c.tokens for c in found] == expected
   assert {c.finish_reason for c in found} == {"stop", "length"}
