@@ -24,7 +24,7 @@ from flax import nnx
 
 from zeda_jax.bench.machine import header, this_machine, threads
 from zeda_jax.checkpoint.huggingface import save_hf
-from zeda_jax.config import ModelConfig
+from zeda_jax.config import MLAConfig, ModelConfig
 from zeda_jax.models.decoder import Decoder, inject
 from zeda_jax.models.params import split_model
 from zeda_jax.rollout.engine import Engine
@@ -59,7 +59,25 @@ FULL_HEADS = SMALL.replace(
   qk_norm="projection",
   moe_layers=(True,) * 16,
 )
-SHAPES = {"Qwen3-30B-A3B": SMALL, "OLMoE-1B-7B": FULL_HEADS}
+# The ratios of GLM-4.7-Flash (N = 64 and a shared expert, K = 4, F = 3/4 H, 20 heads over a latent of 9/32 H) at
+# a sixteenth of its width and a quarter of its depth, with a smaller vocabulary.
+LATENT = SMALL.replace(
+  model_type="glm4_moe_lite",
+  num_heads=20,
+  num_kv_heads=20,
+  head_dim=16,
+  mla=MLAConfig(kv_lora_rank=32, nope_head_dim=12, rope_head_dim=4, v_head_dim=16, q_lora_rank=48),
+  intermediate_size=640,
+  moe_intermediate_size=96,
+  num_experts=64,
+  num_experts_per_tok=4,
+  num_shared_experts=1,
+  moe_layers=(False,) + (True,) * 11,
+  scoring="sigmoid",
+  routed_scaling_factor=1.8,
+  rms_norm_eps=1e-5,
+)
+SHAPES = {"Qwen3-30B-A3B": SMALL, "GLM-4.7-Flash": LATENT, "OLMoE-1B-7B": FULL_HEADS}
 # At half the first one's width.
 EXPERTS_DOMINATE = SMALL.replace(
   hidden_size=1024,
@@ -79,7 +97,8 @@ def random_model(config: ModelConfig, router_std: float = 0.3) -> Decoder:
   """Random weights whose router has preferences."""
   model = Decoder(config, rngs=nnx.Rngs(0))
   for run in model.runs:
-    run.mlp.router.weight[...] = run.mlp.router.weight[...] * (router_std / 0.02)
+    if hasattr(run.mlp, "router"):  # dense layers have none
+      run.mlp.router.weight[...] = run.mlp.router.weight[...] * (router_std / 0.02)
   return model
 
 
