@@ -119,7 +119,7 @@ def _engine_line(p: dict) -> str:
       f"{prefill['temporaries'] / GIB:.2f}",
       f"{decode['temporaries'] / GIB:.2f}",
       f"{p['room']['tokens'] / 1e6:.2f} M",
-      f"{p['rows']} × {p['bucket']}",
+      f"{p['prompts']} × {p['prompt']}",
       _both(steps(prefill, 1.0), "{:.3f}"),
       rates(prefill),
       _both(steps(decode, 1e3), "{:.1f}"),
