@@ -150,7 +150,10 @@ def _rows_product(
   def group(g: Array, start: Array, end: Array, out: Array) -> Array:
     if transpose_rhs:  # in backward passes only, whose groups are large
       return many(g, start, end, out)
-    return jax.lax.cond(end - start <= FEW_ROWS, few, many, g, start, end, out)
+    # Loops without a turn instead of lax.cond, which copies all of `out` for each group: only loops update in place.
+    is_few = end - start <= FEW_ROWS
+    out = few(g, start, jnp.where(is_few, end, start), out)
+    return jax.lax.fori_loop(0, jnp.where(is_few, 0, 1), lambda _, out: many(g, start, end, out), out)
 
   empty = zeros((num_rows, width), dtype, like=lhs)
   capacities = () if transpose_rhs or lhs.dtype != jnp.float32 else _capacities(num_rows, rhs.shape[0])
